@@ -1,0 +1,30 @@
+"""dragdiff: point-based ("drag") image editing with diffusion models, on PyTorch Lightning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dragdiff.config import load_config
+    from dragdiff.data.sample import EditSample
+    from dragdiff.editor import Editor, EditResult
+    from dragdiff.errors import UserError
+
+__all__ = ["EditResult", "EditSample", "Editor", "UserError", "load_config"]
+
+_HOME = {
+    "EditResult": "dragdiff.editor",
+    "EditSample": "dragdiff.data.sample",
+    "Editor": "dragdiff.editor",
+    "UserError": "dragdiff.errors",
+    "load_config": "dragdiff.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for only then: `import dragdiff` and `--help` stay quick."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dragdiff' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,22 @@
+"""The hook that drag editing adds to Lightning's callbacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning as L
+
+from dragdiff.modules.features import FeatureMap
+
+if TYPE_CHECKING:
+    from dragdiff.models.drag import LatentDrag
+
+
+class DragCallback(L.Callback):
+    """A callback that also sees each step's features, between the forward and the loss.
+
+    Only `PointTracking` acts on what it sees; the others observe, so that removing one never changes the picture.
+    """
+
+    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
+        """Called once a step, with the features of the latent before the update."""

@@ -1,0 +1,32 @@
+"""`LoRACheckpoint`: keeps the LoRA as it was every N steps, and a checkpoint to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from torch import nn
+
+from dragdiff.modules import lora
+
+
+class LoRACheckpoint(L.Callback):
+    """Writes `step-NNNN/pytorch_lora_weights.safetensors` and `last.ckpt` (LoRA keys and optimiser state only)."""
+
+    def __init__(self, network: nn.Module, folder: Path, *, every: int, scale: float) -> None:
+        """
+        Args:
+            network: with LoRA layers injected.
+            folder: where the files go.
+            every: steps between files.
+            scale: alpha / rank.
+        """
+        self.network, self.folder, self.every, self.scale = network, folder, every, scale
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        if trainer.global_step % self.every == 0:
+            lora.save(
+                lora.extract(lora.parameters(self.network), scale=self.scale),
+                self.folder / f"step-{trainer.global_step:04d}",
+            )
+            trainer.save_checkpoint(self.folder / "last.ckpt")

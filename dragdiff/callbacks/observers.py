@@ -1,0 +1,79 @@
+"""Callbacks that only watch: the trajectory, intermediate frames, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dragdiff.callbacks.base import DragCallback
+from dragdiff.modules.features import FeatureMap
+from dragdiff.modules.motion import distances
+
+if TYPE_CHECKING:
+    from dragdiff.models.drag import LatentDrag
+
+
+class Trajectory(DragCallback):
+    """Records and logs where each handle is at each step.
+
+    Attributes:
+        positions: one (N, 2) tensor for each step, (row, col) in grid px, after tracking.
+    """
+
+    def __init__(self) -> None:
+        self.positions: list[Tensor] = []
+
+    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
+        self.positions.append(module.handles.clone())
+        left = distances(module.handles, module.targets)
+        module.log_dict({f"drag/distance_{i}": value for i, value in enumerate(left.tolist())})
+        module.log("drag/distance", left.mean())
+
+
+class Frames(DragCallback):
+    """A cheap preview of the current latent every N steps: kept, written to disk, sent to W&B.
+
+    Attributes:
+        frames: (step, preview (h, w, 3) uint8, handles (N, 2) as (row, col) in grid px).
+    """
+
+    def __init__(self, preview: Callable[[Tensor], np.ndarray], *, every: int, folder: Path | None = None) -> None:
+        self.preview, self.every, self.folder = preview, every, folder
+        self.frames: list[tuple[int, np.ndarray, Tensor]] = []
+
+    @torch.no_grad()
+    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
+        step = module.steps_done
+        if step % self.every:
+            return
+        picture = self.preview(module.latent.detach())
+        self.frames.append((step, picture, module.handles.clone()))
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(self.folder / f"{step:04d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # W&B
+                logger.log_image("drag/frame", [picture], caption=[f"step {step}"])
+
+
+class Progress(L.Callback):
+    """Reports each finished step of a Trainer to a progress bar, with the distance left in image px."""
+
+    def __init__(self, advance: Callable[[int, str], None], *, px_per_grid: float = 1.0) -> None:
+        self.advance, self.px_per_grid = advance, px_per_grid
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        note = ""
+        if isinstance(handles := getattr(module, "handles", None), Tensor):
+            left = distances(handles, module.targets) * self.px_per_grid  # type: ignore[arg-type]
+            note = f"{float(left.mean()):.1f} px left"
+        elif "lora/loss" in trainer.callback_metrics:
+            note = f"loss {float(trainer.callback_metrics['lora/loss']):.3f}"
+        self.advance(trainer.global_step, note)

@@ -1,0 +1,352 @@
+"""Every setting: its default, explanation, unit and check, once.
+
+The defaults are the published DragDiffusion algorithm. A YAML file (an overlay) lists only what it changes;
+`load_config` merges defaults, overlays in order, then `key=value` overrides. Importing this module is cheap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dragdiff.errors import UserError
+
+Check = tuple[str, Callable[[Any], bool]]  # what is allowed, in words, and the test
+
+# What stands in for an overlay when none is named: the first run needs no download.
+DEFAULT_OVERLAY = "embedded"
+
+
+def more_than(low: float) -> Check:
+    return f"> {low:g}", lambda value: value > low
+
+
+def at_least(low: float) -> Check:
+    return f">= {low:g}", lambda value: value >= low
+
+
+def within(low: float, high: float, *, low_open: bool = False) -> Check:
+    words = f"in {'(' if low_open else '['}{low:g}, {high:g}]"
+    return words, lambda value: (low < value if low_open else low <= value) and value <= high
+
+
+def one_of(*choices: str) -> Check:
+    return " | ".join(choices), lambda value: value in choices
+
+
+def option(default: Any, explanation: str, check: Check | None = None) -> Any:
+    """A dataclass field that carries its explanation (with unit) and its check."""
+    metadata = {"explanation": explanation, "check": check}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    """How a sample is prepared."""
+
+    max_size: int = option(
+        0, "longer side at most this many px, points and mask scaled with it; 0 = as it is", at_least(0)
+    )
+
+
+@dataclass
+class ModelConfig:
+    """Which diffusion model, and how it computes."""
+
+    path: str = option(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "hub id, local folder (diffusers), single .safetensors file, or 'embedded'",
+    )
+    revision: str = option("", "hub revision; empty = newest")
+    vae: str = option(
+        "",
+        "another autoencoder: hub id or local folder, e.g. stabilityai/sd-vae-ft-mse; empty = the model's own",
+    )
+    device: str = option("auto", "auto | cpu | cuda | cuda:N | mps")
+    dtype: str = option("fp32", "the weights' precision", one_of("fp32", "bf16", "fp16"))
+    autocast: str = option(
+        "auto",
+        "mixed precision: fp16 (CUDA, with loss scaling in training), bf16, none; "
+        "auto = fp16 on CUDA unless the weights are bf16",
+        one_of("auto", "fp16", "bf16", "none"),
+    )
+
+
+@dataclass
+class LoRAConfig:
+    """The identity-preserving fine-tune of one image."""
+
+    path: str = option(
+        "", "a trained LoRA (.safetensors file or its folder); empty = train one, or take it from the cache"
+    )
+    steps: int = option(80, "optimiser steps; 0 = no LoRA", at_least(0))
+    rank: int = option(16, "rank of each update", at_least(1))
+    alpha: float = option(0.0, "scale is alpha / rank; 0 = equal to the rank", at_least(0))
+    lr: float = option(5e-4, "AdamW's learning rate", more_than(0))
+    weight_decay: float = option(1e-2, "AdamW's weight decay", at_least(0))
+    batch_size: int = option(4, "draws of crop, noise and timestep per step", at_least(1))
+    resolution: int = option(512, "px of the short side after resizing, and of the square crop", at_least(16))
+    crop: str = option(
+        "latent",
+        "random crops cut from the latent, encoded once; or 'pixel': each crop encoded by itself, as the reference",
+        one_of("latent", "pixel"),
+    )
+    resume: str = option("", "a checkpoint (last.ckpt beside kept LoRA files) to go on from")
+    save_every: int = option(0, "steps between LoRA files kept on the way; 0 = the last one only", at_least(0))
+
+
+@dataclass
+class GenerateConfig:
+    """Drag a picture that the model generates from the prompt, instead of a real one."""
+
+    enabled: bool = option(False, "generate the source picture; the LoRA and the inversion are then not needed")
+    negative_prompt: str = option("", "what the picture should not show")
+    guidance: float = option(7.5, "classifier-free guidance scale; 1 = none", at_least(1))
+    scheduler: str = option("ddim", "sampler", one_of("ddim", "dpm++2m", "dpm++2m-karras"))
+    height: int = option(512, "px", at_least(16))
+    width: int = option(512, "px", at_least(16))
+    freeu: bool = option(False, "FreeU while generating, dragging and denoising")
+    freeu_b1: float = option(1.1, "FreeU backbone factor, first decoder stage", more_than(0))
+    freeu_b2: float = option(1.1, "FreeU backbone factor, second decoder stage", more_than(0))
+    freeu_s1: float = option(1.0, "FreeU skip factor, first decoder stage", more_than(0))
+    freeu_s2: float = option(1.0, "FreeU skip factor, second decoder stage", more_than(0))
+
+
+@dataclass
+class DDIMConfig:
+    """The schedule that inversion, drag and denoising share."""
+
+    steps: int = option(50, "DDIM steps of the whole schedule", within(1, 1000))
+    strength: float = option(
+        0.7, "inversion strength: the drag happens after this share of the steps", within(0, 1, low_open=True)
+    )
+
+
+@dataclass
+class DragConfig:
+    """The optimisation of the latent."""
+
+    steps: int = option(80, "optimiser steps at most", at_least(0))
+    lr: float = option(0.01, "Adam's learning rate", more_than(0))
+    features: list[str] = option(
+        ["up_blocks.2"],
+        "UNet blocks whose outputs are compared (mid_block, up_blocks.N); several are concatenated",
+    )
+    grid_scale: float = option(0.5, "side of the feature grid / side of the image", within(0, 1, low_open=True))
+    motion_radius: int = option(1, "r1: half side of the supervised patch, grid px", at_least(0))
+    tracking_radius: int = option(3, "r2: half side of the tracking window, grid px", at_least(0))
+    stop_distance: float = option(2.0, "a handle nearer than this to its target has arrived, grid px", at_least(0))
+    mask_weight: float = option(0.1, "lambda of the term that keeps what lies outside the mask", at_least(0))
+    supervision: str = option("one_step", "motion supervision, by name: one_step (DragDiffusion)")
+    tracker: str = option("nearest", "point tracker, by name: nearest (L1 nearest neighbour to the initial feature)")
+
+
+@dataclass
+class ControlConfig:
+    """Reference-latent control: self-attention that looks at the source while denoising."""
+
+    enabled: bool = option(True, "whether the edited branch uses the source's keys and values")
+    start_layer: str = option("up_blocks.2", "first controlled layer: a block's name, or its number in execution order")
+    start_step: int = option(0, "first controlled denoising step, counted from the drag's timestep", at_least(0))
+
+
+@dataclass
+class OutputConfig:
+    """What is written where."""
+
+    folder: str = option("outputs", "results go to <folder>/<name>/")
+    name: str = option("", "empty = the sample's name; a number is added where it is taken")
+    frames_every: int = option(10, "drag steps between intermediate frames (disk and W&B); 0 = none", at_least(0))
+
+
+@dataclass
+class LoggerConfig:
+    """Experiment tracking."""
+
+    kind: str = option("none", "where losses and distances go", one_of("none", "csv", "wandb"))
+    project: str = option("dragdiff", "W&B project")
+    offline: bool = option(False, "W&B without network: synchronise later with `wandb sync`")
+    group: str = option("", "W&B group; empty = method and model")
+    tags: list[str] = option([], "more W&B tags, besides method and model")
+
+
+@dataclass
+class CacheConfig:
+    """What is kept between runs."""
+
+    enabled: bool = option(True, "reuse trained LoRAs")
+    folder: str = option("", "empty = $XDG_CACHE_HOME/dragdiff, or ~/.cache/dragdiff")
+
+
+@dataclass
+class Config:
+    """One edit. The input is a sample folder, or an image with points, or a generated picture."""
+
+    sample: str = option("", "a sample folder (ours, DragBench, Drag100), a folder of many, or example:NAME")
+    image: str = option("", "picture file, with prompt, points and mask; instead of a sample")
+    prompt: str = option("", "what the picture shows")
+    points: list[Any] = option([], "pairs [[[x,y],[x,y]],...]: handle, target; px of the image, origin top left")
+    mask: str = option("", "picture of the image's size, white = may change; empty = everything may change")
+    seed: int = option(42, "of the LoRA's draws and of generated pictures", at_least(0))
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    ddim: DDIMConfig = field(default_factory=DDIMConfig)
+    drag: DragConfig = field(default_factory=DragConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Each option of a config as (dotted key, field, value), sections flattened."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", f, value
+
+
+def config_folder() -> Path:
+    """The overlays: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return next((p for p in (package / "configs", package.parent / "configs") if p.is_dir()), package / "configs")
+
+
+def find_overlay(name: str | Path) -> Path:
+    """A YAML file as named, or the shipped overlay of that name (`sd15`, `configs/sd15.yaml`).
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name)
+    shipped = config_folder() / path.with_suffix(".yaml").name
+    if path.is_file():
+        return path
+    if shipped.is_file() and path.parent.name in ("", "configs"):
+        return shipped
+    names = ", ".join(sorted(p.stem for p in config_folder().glob("*.yaml")))
+    raise UserError(f"no config file {str(name)!r}: give a YAML file, or one of the shipped overlays {names}")
+
+
+def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """Merge defaults, overlays in order, then overrides, and check the result.
+
+    Args:
+        files: YAML overlays, paths or names of shipped ones.
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key (names the nearest), a value of the wrong type or range.
+    """
+    merged = OmegaConf.structured(Config)
+    for name in files:
+        merged = _merge(merged, _read_yaml(find_overlay(name)), f"in {name}")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"cannot read {override!r}: settings are written key=value, e.g. drag.lr=0.02")
+        try:
+            overlay = OmegaConf.from_dotlist([override])
+        except Exception as error:  # OmegaConf lets several YAML and grammar errors through
+            raise UserError(f"cannot read {override!r}: {_first_line(error)}") from error
+        merged = _merge(merged, overlay, f"in {override!r}")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"bad settings: {_first_line(error)}") from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range, NaN and infinity.
+
+    Raises:
+        UserError: names the key, the value and what is allowed.
+    """
+    for key, f, value in walk(config):
+        allowed: Check | None = f.metadata["check"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}: it must be a finite number")
+        if allowed and not allowed[1](value):
+            raise UserError(f"{key} is {value!r}: it must be {allowed[0]}")
+    if not config.drag.features:
+        raise UserError("drag.features is empty: name at least one block, e.g. drag.features=[up_blocks.2]")
+    if config.generate.enabled and (config.sample or config.image):
+        raise UserError(
+            "generate.enabled makes the picture itself: leave out sample and image, or set generate.enabled=false"
+        )
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config; `load_config` of it alone gives the same config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe() -> str:
+    """Every key with its default and explanation, for --help."""
+    lines = []
+    for key, f, value in walk(Config()):
+        allowed = f"  [{f.metadata['check'][0]}]" if f.metadata["check"] else ""
+        shown = "''" if value == "" else value
+        lines.append(f"  {key}={shown}\n      {f.metadata['explanation']}{allowed}")
+    return "\n".join(lines)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        overlay = OmegaConf.load(path)
+    except Exception as error:  # YAML, encoding and permission errors have no common base
+        raise UserError(f"cannot read config {path}: {_first_line(error)}") from error
+    if isinstance(overlay, ListConfig):
+        raise UserError(f"cannot read config {path}: expected key: value lines, found a list")
+    return overlay
+
+
+def _merge(config: Any, overlay: DictConfig, where: str) -> Any:
+    _check_keys(OmegaConf.to_container(overlay), where)
+    try:
+        return OmegaConf.merge(config, overlay)
+    except OmegaConfBaseException as error:
+        raise UserError(f"bad value {where}: {_first_line(error)}") from error
+
+
+def _check_keys(overlay: Any, where: str) -> None:
+    sections = {f.name for f in fields(Config) if dataclasses.is_dataclass(f.default_factory)}
+    known = {key for key, _, _ in walk(Config())}
+
+    def visit(node: dict[Any, Any], prefix: str) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if key in sections and isinstance(value, dict):
+                visit(value, f"{key}.")
+            elif key in sections:
+                raise UserError(f"{key} {where} is a section: set one of its keys, e.g. {_example(known, key)}")
+            elif key not in known:
+                near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+                raise UserError(f"unknown key {key!r} {where}: did you mean {near[0]!r}? (--help lists all keys)")
+
+    if isinstance(overlay, dict):
+        visit(overlay, "")
+
+
+def _example(known: set[str], section: str) -> str:
+    return min(key for key in known if key.startswith(f"{section}."))
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__

@@ -1,0 +1,567 @@
+"""`Editor`: the one path from a sample to a result, used by command line, Python, studies and tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from lightning.pytorch.loggers import Logger
+from PIL import Image
+from torch import Tensor
+
+from dragdiff import cache
+from dragdiff.callbacks import Frames, PointTracking, Progress, Trajectory
+from dragdiff.callbacks.checkpoint import LoRACheckpoint
+from dragdiff.config import Config, check, load_config
+from dragdiff.data.sample import EditSample
+from dragdiff.errors import UserError
+from dragdiff.models.drag import LatentDrag, MaskTerm
+from dragdiff.models.lora import LoRAFinetune, Posterior, seeded_noise
+from dragdiff.models.trainer import fit
+from dragdiff.modules import attention, ddim, lora, motion, points, tracking
+from dragdiff.modules.backbone import Backbone, load_backbone, resolve_autocast
+from dragdiff.modules.features import FeatureMap, combine_guidance, forward_with_features
+
+Report = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, note
+PREVIEW_LATENT = 32  # previews are decoded from a latent of at most this side
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """An edit and how it came about.
+
+    Attributes:
+        sample: what was asked for, at the working size.
+        image: the edited picture, (H, W, 3) uint8, of the sample's size.
+        trajectory: (K, N, 2) float32, (x, y) in image px: each handle as tracked before each of K steps.
+        steps: latent updates done.
+        stop_reason: "reached", "steps", or a sentence about divergence.
+        frames: (step, preview (h, w, 3) uint8, handles (N, 2) as (x, y) in image px).
+        seconds: wall time of each stage.
+        peak_memory_mb: of the process (CPU) or of the device's allocator (CUDA).
+        config: the resolved settings.
+    """
+
+    sample: EditSample
+    image: np.ndarray
+    trajectory: np.ndarray
+    steps: int
+    stop_reason: str
+    frames: list[tuple[int, np.ndarray, np.ndarray]]
+    seconds: dict[str, float]
+    peak_memory_mb: float
+    config: Config
+
+    @property
+    def distance_before(self) -> np.ndarray:
+        """(N,) px from each handle to its target before the drag."""
+        return np.linalg.norm(self.sample.targets - self.sample.handles, axis=1)
+
+    @property
+    def distance_after(self) -> np.ndarray:
+        """(N,) px from each handle, as tracked at the end, to its target."""
+        return np.linalg.norm(self.sample.targets - self.trajectory[-1], axis=1)
+
+
+class Editor:
+    """Edits samples with one loaded model.
+
+    Example:
+        >>> from dragdiff import Editor, EditSample
+        >>> editor = Editor.from_config("embedded")                                   # doctest: +SKIP
+        >>> result = editor.edit(EditSample("cat.png", "a cat", [[[10, 20], [30, 20]]]))  # doctest: +SKIP
+    """
+
+    def __init__(self, config: Config, backbone: Backbone | None = None, *, report: Report | None = None) -> None:
+        """
+        Args:
+            config: the settings; checked here.
+            backbone: a loaded model; None loads the one that the config names.
+            report: called after each step of each stage.
+
+        Raises:
+            UserError: bad settings, or no such model.
+        """
+        check(config)
+        self.config = config
+        self.backbone = backbone or load_backbone(config.model)
+        self.report = report or (lambda stage, done, total, note: None)
+        self.seconds: dict[str, float] = {}
+        self._check_against_model()
+        device = self.backbone.device
+        self.autocast = resolve_autocast(config.model.autocast, device=device, dtype=config.model.dtype)
+        folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
+        self.cache = cache.StageCache(folder / "lora" if config.cache.enabled else None)
+
+    @classmethod
+    def from_config(cls, *files: str | Path, overrides: Sequence[str] = (), **kwargs: Any) -> Editor:
+        """An editor from YAML overlays (paths, or names of shipped ones) and `key=value` overrides."""
+        return cls(load_config(files, overrides), **kwargs)
+
+    def _check_against_model(self) -> None:
+        """What can be said only once the model is known."""
+        for name in self.config.drag.features:
+            self.backbone.feature_block(name)
+        if self.config.control.enabled:
+            attention.layers_from(self.backbone.self_attention_layers, self.config.control.start_layer)
+
+    # ------------------------------------------------------------------------------- the path
+
+    def edit(
+        self,
+        sample: EditSample,
+        *,
+        folder: Path | None = None,
+        logger: Logger | None = None,
+        callbacks: Sequence[L.Callback] = (),
+    ) -> EditResult:
+        """Drag one sample.
+
+        Args:
+            sample: picture, prompt, point pairs, mask. For a generated picture, what `generate` gave.
+            folder: where intermediate frames are written as they come; None keeps them in memory only.
+            logger: a Lightning logger for losses, distances and frames.
+            callbacks: more observers of the drag.
+
+        Raises:
+            UserError: the sample does not fit the settings.
+        """
+        self.seconds = {}
+        sample = sample.resized(self.config.data.max_size)
+        if self.backbone.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.backbone.device)
+        keep = self._keep(sample)
+        adapter = None if self.config.generate.enabled else self.finetune(sample, logger=logger)
+        with self._frozen(), lora.merged(self.backbone.network, adapter), self._freeu():
+            embeddings = self._embeddings(sample.prompt)
+            source = self._source_latent(sample, embeddings)
+            drag, trajectory, frames = self._drag(sample, source, embeddings, keep, folder, logger, callbacks)
+            image = self._denoise(sample, source, drag.latent.detach(), embeddings)
+        to_px = {"image_size": sample.image.shape[:2], "grid": self._grid(sample)}
+        if not trajectory.positions:
+            trajectory.positions.append(drag.handles)
+        # the first entry is where the person clicked, not its rounding to the grid
+        tracked = [points.to_image(position, **to_px).numpy() for position in trajectory.positions]
+        tracked[0] = np.asarray(sample.handles, dtype=np.float32)
+        return EditResult(
+            sample=sample,
+            image=image,
+            trajectory=np.stack(tracked),
+            steps=drag.steps_done,
+            stop_reason=drag.stop_reason,
+            frames=[(step, picture, points.to_image(handles, **to_px).numpy()) for step, picture, handles in frames],
+            seconds=dict(self.seconds),
+            peak_memory_mb=peak_memory_mb(self.backbone.device),
+            config=self.config,
+        )
+
+    def finetune(
+        self, sample: EditSample, *, folder: Path | None = None, logger: Logger | None = None
+    ) -> lora.LoRA | None:
+        """The sample's LoRA: the file that the config names, or the cached one, or a newly trained one.
+
+        Args:
+            folder: where intermediate LoRAs and a checkpoint go every `lora.save_every` steps.
+
+        Returns:
+            None when `lora.steps` is 0 and no file is named.
+        """
+        settings = self.config.lora
+        if settings.path:
+            return lora.load(Path(settings.path).expanduser())
+        if settings.steps == 0:
+            return None
+        if settings.resume or (folder is not None and settings.save_every):
+            return self._train_lora(sample, folder, logger)
+        return self.cache.get(
+            self._lora_key(sample),
+            make=lambda: self._train_lora(sample, folder, logger),
+            save=lora.save,
+            load=lora.load,
+        )
+
+    def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
+        """Generate a picture as `config.generate` says.
+
+        Returns:
+            ((H, W, 3) uint8, the latent before each step and the clean one).
+        """
+        settings = self.config.generate
+        scheduler = self._scheduler()
+        size = self.backbone.latent_size(settings.height, settings.width)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        channels = self.backbone.latent_channels
+        latent = (
+            torch.randn((1, channels, *size), generator=generator).to(self.backbone.device) * scheduler.init_noise_sigma
+        )
+        total = len(scheduler.timesteps)
+        with self._frozen(), self._freeu(), self._stage("generate", total) as advance:
+            predict = self._predictor(self._embeddings(prompt))
+            path = ddim.sample(predict, latent, scheduler=scheduler, start=0, report=lambda done: advance(done, ""))
+            image = self._to_picture(path[-1], (settings.height, settings.width))
+        return image, path
+
+    # ------------------------------------------------------------------------------- stages
+
+    def _train_lora(self, sample: EditSample, folder: Path | None, logger: Logger | None) -> lora.LoRA:
+        settings, backbone = self.config.lora, self.backbone
+        alpha = settings.alpha or float(settings.rank)
+        scheduler = backbone.scheduler(self.config.ddim.steps)
+        with self._frozen(), self._stage("LoRA", settings.steps) as advance:
+            with torch.no_grad():
+                posterior, latent_shape, slack = self._crops(sample)
+                embedding = backbone.embed([sample.prompt])
+            draw = seeded_noise(
+                seed=self.config.seed,
+                batch_size=settings.batch_size,
+                latent_shape=latent_shape,
+                slack=slack,
+                train_timesteps=len(scheduler.alphas_cumprod),
+            )
+            with lora.injected(
+                backbone.network,
+                backbone.lora_targets,
+                rank=settings.rank,
+                alpha=alpha,
+                seed=self.config.seed,
+            ):
+                module = LoRAFinetune(
+                    backbone,
+                    posterior=posterior,
+                    embedding=embedding,
+                    draw=draw,
+                    lr=settings.lr,
+                    weight_decay=settings.weight_decay,
+                    scheduler=scheduler,
+                )
+                callbacks: list[L.Callback] = [Progress(advance)]
+                if folder is not None and settings.save_every:
+                    callbacks.append(
+                        LoRACheckpoint(backbone.network, folder, every=settings.save_every, scale=alpha / settings.rank)
+                    )
+                fit(
+                    module,
+                    steps=settings.steps,
+                    device=backbone.device,
+                    autocast=self.autocast,
+                    callbacks=callbacks,
+                    logger=logger,
+                    resume=Path(settings.resume) if settings.resume else None,
+                )
+                return lora.extract(lora.parameters(backbone.network), scale=alpha / settings.rank)
+
+    def _crops(self, sample: EditSample) -> tuple[Posterior, tuple[int, int, int], tuple[int, int]]:
+        """How the LoRA sees the picture: posterior of crops, shape of one crop's latent, how far corners can go."""
+        settings, backbone = self.config.lora, self.backbone
+        height, width = sample.image.shape[:2]
+        scale = settings.resolution / min(height, width)
+        # the short side exactly, the long one rounded down, as torchvision's Resize does
+        size = (
+            (settings.resolution, int(settings.resolution * width / height))
+            if height <= width
+            else (int(settings.resolution * height / width), settings.resolution)
+        )
+        picture = Image.fromarray(sample.image)
+        if scale != 1:
+            picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        pixels = to_tensor(np.asarray(picture)).to(backbone.device)
+        crop = settings.resolution
+        if settings.crop == "pixel" and size[0] != size[1]:
+
+            def posterior(corners: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+                batch = torch.cat([pixels[:, :, top : top + crop, left : left + crop] for top, left in corners])
+                with torch.no_grad():
+                    return backbone.encode(batch)
+
+            channels, side = backbone.latent_channels, backbone.latent_size(crop, crop)
+            return posterior, (channels, *side), (size[0] - crop, size[1] - crop)
+
+        mean, std = backbone.encode(pixels)
+        side_h, side_w = backbone.latent_size(crop, crop)
+
+        def cut(latent: Tensor, corners: list[tuple[int, int]]) -> Tensor:
+            return torch.cat([latent[:, :, top : top + side_h, left : left + side_w] for top, left in corners])
+
+        slack = (mean.shape[2] - side_h, mean.shape[3] - side_w)
+        return lambda corners: (cut(mean, corners), cut(std, corners)), (mean.shape[1], side_h, side_w), slack
+
+    def _source_latent(self, sample: EditSample, embeddings: Tensor) -> Tensor:
+        """The source's latent at the drag's timestep: by inversion, or from the picture's own generation."""
+        if self.config.generate.enabled:
+            path = self.generate(sample.prompt)[1]
+            return path[len(path) - 1 - self.drag_steps_of_schedule]
+        steps = self.drag_steps_of_schedule
+        with self._stage("inversion", steps) as advance, torch.no_grad():
+            mean, _ = self.backbone.encode(to_tensor(sample.image).to(self.backbone.device))
+            path = ddim.invert(
+                self._predictor(embeddings),
+                mean,
+                scheduler=self._scheduler(),
+                steps=steps,
+                report=lambda done: advance(done, ""),
+            )
+        return path[-1]
+
+    def _drag(
+        self,
+        sample: EditSample,
+        source: Tensor,
+        embeddings: Tensor,
+        keep: Tensor | None,
+        folder: Path | None,
+        logger: Logger | None,
+        callbacks: Sequence[L.Callback],
+    ) -> tuple[LatentDrag, Trajectory, list[tuple[int, np.ndarray, Tensor]]]:
+        settings, backbone = self.config.drag, self.backbone
+        scheduler = self._scheduler()
+        index = len(scheduler.timesteps) - self.drag_steps_of_schedule
+        t, grid, size = scheduler.timesteps[index], self._grid(sample), sample.image.shape[:2]
+        alpha = scheduler.alphas_cumprod[int(t)]
+        mask = None
+        if keep is not None and settings.mask_weight > 0:
+            mask = MaskTerm(
+                keep,
+                settings.mask_weight,
+                alpha,
+                ddim.alpha_before(scheduler, index),
+                backbone.prediction_type,
+            )
+        blocks = [backbone.feature_block(name) for name in settings.features]
+        guidance = self._guidance
+
+        def probe(latent: Tensor, need_output: bool) -> tuple[Tensor | None, FeatureMap]:
+            rows = torch.cat([latent] * len(embeddings))
+            output, maps = forward_with_features(
+                lambda: backbone.predict(rows, t, embeddings), blocks, need_output=need_output
+            )
+            if guidance > 1:
+                maps = [combine_guidance(features, guidance) for features in maps]
+                output = None if output is None else guide(output, guidance)
+            return output, FeatureMap(maps, grid)
+
+        def preview(latent: Tensor) -> np.ndarray:
+            x0, _ = ddim.predict_x0_and_noise(
+                latent,
+                self._predictor(embeddings)(latent, t),
+                alpha=alpha,
+                prediction_type=backbone.prediction_type,
+            )
+            shrink = min(1.0, PREVIEW_LATENT / max(x0.shape[2:]))
+            x0 = F.interpolate(x0, scale_factor=shrink, mode="area") if shrink < 1 else x0
+            return to_uint8(backbone.decode(x0) / 2 + 0.5)
+
+        trajectory = Trajectory()
+        frames = Frames(preview, every=self.config.output.frames_every, folder=folder and folder / "frames")
+        drag = LatentDrag(
+            probe,
+            latent=source,
+            handles=points.to_grid(torch.tensor(np.asarray(sample.handles)), image_size=size, grid=grid),
+            targets=points.to_grid(torch.tensor(np.asarray(sample.targets)), image_size=size, grid=grid),
+            supervision=_strategy("drag.supervision", settings.supervision, motion.SUPERVISIONS),
+            radius=settings.motion_radius,
+            stop_distance=settings.stop_distance,
+            lr=settings.lr,
+            mask=mask,
+        )
+        with self._stage("drag", settings.steps) as advance:
+            acting = PointTracking(
+                _strategy("drag.tracker", settings.tracker, tracking.TRACKERS),
+                radius=settings.tracking_radius,
+            )
+            watching = [trajectory, Progress(advance, px_per_grid=size[0] / grid[0]), *callbacks]
+            if frames.every:
+                watching.append(frames)
+            fit(
+                drag,
+                steps=settings.steps,
+                device=backbone.device,
+                autocast=self.autocast,
+                callbacks=[acting, *watching],
+                logger=logger,
+            )
+        return drag.to(backbone.device), trajectory, frames.frames
+
+    def _denoise(self, sample: EditSample, source: Tensor, dragged: Tensor, embeddings: Tensor) -> np.ndarray:
+        settings, backbone = self.config.control, self.backbone
+        scheduler = self._scheduler()
+        steps = self.drag_steps_of_schedule
+        control: Any = nullcontext()
+        latents = dragged
+        if settings.enabled:
+            layers = attention.layers_from(backbone.self_attention_layers, settings.start_layer)
+            control = attention.mutual_self_attention(backbone.network, layers, start_step=settings.start_step)
+            latents = torch.cat([source, dragged])
+        with self._stage("denoise", steps) as advance, control:
+            path = ddim.sample(
+                self._predictor(embeddings),
+                latents,
+                scheduler=scheduler,
+                start=len(scheduler.timesteps) - steps,
+                report=lambda done: advance(done, ""),
+            )
+        with self._stage("decode", 1) as advance, torch.no_grad():
+            image = self._to_picture(path[-1][-1:], sample.image.shape[:2])
+            advance(1, "")
+        return image
+
+    # ------------------------------------------------------------------------------- pieces
+
+    @property
+    def drag_steps_of_schedule(self) -> int:
+        """Schedule steps between the drag's timestep and the clean picture."""
+        steps = round(self.config.ddim.steps * self.config.ddim.strength)
+        if steps < 1:
+            raise UserError(
+                f"ddim.strength {self.config.ddim.strength} of {self.config.ddim.steps} steps leaves no step: "
+                "raise one of them"
+            )
+        return steps
+
+    @property
+    def _guidance(self) -> float:
+        return self.config.generate.guidance if self.config.generate.enabled else 1.0
+
+    def _scheduler(self) -> Any:
+        generate = self.config.generate
+        return self.backbone.scheduler(self.config.ddim.steps, generate.scheduler if generate.enabled else "ddim")
+
+    def _grid(self, sample: EditSample) -> points.Size:
+        return points.grid_size(sample.image.shape[:2], self.config.drag.grid_scale)
+
+    def _keep(self, sample: EditSample) -> Tensor | None:
+        """1 where the latent may not change, (1, 1, h, w); None without a mask."""
+        if sample.mask is None:
+            return None
+        latent_size = self.backbone.latent_size(*sample.image.shape[:2])
+        mask = torch.from_numpy(np.array(sample.mask))
+        return 1 - points.mask_to_latent(mask, grid=self._grid(sample), latent_size=latent_size).to(
+            self.backbone.device
+        )
+
+    def _embeddings(self, prompt: str) -> Tensor:
+        """(1, tokens, D), or with guidance (2, tokens, D): negative, positive."""
+        prompts = [prompt] if self._guidance == 1 else [self.config.generate.negative_prompt, prompt]
+        with torch.no_grad():
+            return self.backbone.embed(prompts)
+
+    def _predictor(self, embeddings: Tensor) -> ddim.Predict:
+        """The guided model output for latents (B, C, h, w)."""
+
+        def predict(latents: Tensor, t: Tensor) -> Tensor:
+            rows = torch.cat([latents] * len(embeddings))
+            output = self.backbone.predict(rows, t, embeddings.repeat_interleave(len(latents), dim=0))
+            return output if self._guidance == 1 else guide(output, self._guidance)
+
+        return predict
+
+    def _to_picture(self, latent: Tensor, size: points.Size) -> np.ndarray:
+        """Decode one latent and resize it to (height, width), (H, W, 3) uint8."""
+        with torch.no_grad():
+            image = (self.backbone.decode(latent) / 2 + 0.5).clamp(0, 1)
+        if tuple(image.shape[2:]) != tuple(size):
+            image = F.interpolate(image, size, mode="bilinear")
+        return to_uint8(image)
+
+    def _lora_key(self, sample: EditSample) -> str:
+        settings = dataclasses.asdict(self.config.lora)
+        for irrelevant in ("path", "save_every", "resume"):
+            del settings[irrelevant]
+        return cache.digest(
+            image=sample.image,
+            prompt=sample.prompt,
+            seed=self.config.seed,
+            settings=settings,
+            model=self._model_fingerprint(),
+            precision=[self.config.model.dtype, self.autocast, self.backbone.device.type],
+        )
+
+    def _model_fingerprint(self) -> str:
+        if not hasattr(self, "_fingerprint"):
+            self._fingerprint = cache.fingerprint(*self.backbone.modules)
+        return self._fingerprint
+
+    @contextmanager
+    def _stage(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        """Times a stage and reports its steps."""
+        start = time.perf_counter()
+        self.report(name, 0, total, "")
+        try:
+            yield lambda done, note: self.report(name, done, total, note)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No weight wants a gradient and every module is in evaluation mode; all of it put back on leaving."""
+        modules = [module for root in self.backbone.modules for module in root.modules()]
+        parameters = [parameter for root in self.backbone.modules for parameter in root.parameters()]
+        training = [module.training for module in modules]
+        wanted = [parameter.requires_grad for parameter in parameters]
+        try:
+            for root in self.backbone.modules:
+                root.requires_grad_(False).eval()
+            yield
+        finally:
+            for module, mode in zip(modules, training, strict=True):
+                module.training = mode
+            for parameter, want in zip(parameters, wanted, strict=True):
+                parameter.requires_grad_(want)
+
+    @contextmanager
+    def _freeu(self) -> Iterator[None]:
+        settings = self.config.generate
+        if not (settings.enabled and settings.freeu):
+            yield
+            return
+        self.backbone.network.enable_freeu(  # type: ignore[operator]
+            s1=settings.freeu_s1, s2=settings.freeu_s2, b1=settings.freeu_b1, b2=settings.freeu_b2
+        )
+        try:
+            yield
+        finally:
+            self.backbone.network.disable_freeu()  # type: ignore[operator]
+
+
+def guide(output: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): (2B, ...) negative then positive -> (B, ...)."""
+    negative, positive = output.chunk(2)
+    return negative + guidance * (positive - negative)
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (1, 3, H, W) float32 in [-1, 1]."""
+    return rearrange(torch.from_numpy(np.array(image)).float() / 127.5 - 1, "h w c -> 1 c h w")
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(1, 3, H, W) in [0, 1] -> (H, W, 3) uint8, cut off, not rounded, as the reference does."""
+    return (rearrange(images[0], "c h w -> h w c").clamp(0, 1) * 255).to(torch.uint8).cpu().numpy()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak of the device's allocator (CUDA), else of this process's resident memory since it began; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _strategy(key: str, name: str, choices: dict[str, Any]) -> Any:
+    if name not in choices:
+        raise UserError(f"{key} is {name!r}: choose from {', '.join(sorted(choices))}")
+    return choices[name]

@@ -1,0 +1,115 @@
+"""`LoRAFinetune`: the identity-preserving fine-tune of one image (DragDiffusion, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dragdiff.modules import lora as lora_module
+from dragdiff.modules.backbone import Backbone
+
+Draw = Callable[[int], "Noise"]
+Posterior = Callable[[list[tuple[int, int]]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The random numbers of one step, drawn in the reference's order.
+
+    Attributes:
+        corners: (top, left) of each row's crop, in the unit of the thing that is cropped.
+        posterior: (B, C, h, w) normal, picks a latent from the posterior.
+        noise: (B, C, h, w) normal, what is predicted.
+        timesteps: (B,) int64, uniform in [0, 1000).
+    """
+
+    corners: list[tuple[int, int]]
+    posterior: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+
+def seeded_noise(
+    *,
+    seed: int,
+    batch_size: int,
+    latent_shape: tuple[int, int, int],
+    slack: tuple[int, int],
+    train_timesteps: int,
+) -> Draw:
+    """Random numbers that depend on (seed, step) alone, so that a resumed run draws what an unbroken one does.
+
+    Args:
+        latent_shape: (C, h, w) of one crop's latent.
+        slack: how far a crop's corner can go, (down, right); (0, 0) for a square picture.
+    """
+
+    def draw(step: int) -> Noise:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+        def corner() -> tuple[int, int]:
+            top, left = (int(torch.randint(0, s + 1, (), generator=generator)) for s in slack)
+            return top, left
+
+        corners = [corner() if any(slack) else (0, 0) for _ in range(batch_size)]
+        posterior = torch.randn((batch_size, *latent_shape), generator=generator)
+        noise = torch.randn((batch_size, *latent_shape), generator=generator)
+        timesteps = torch.randint(0, train_timesteps, (batch_size,), generator=generator)
+        return Noise(corners, posterior, noise, timesteps)
+
+    return draw
+
+
+class LoRAFinetune(L.LightningModule):
+    """Trains the LoRA layers that are injected into a backbone's network; owns nothing else."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        posterior: Posterior,
+        embedding: Tensor,
+        draw: Draw,
+        lr: float,
+        weight_decay: float,
+        scheduler: Any,
+    ) -> None:
+        """
+        Args:
+            backbone: with LoRA layers injected (`modules.lora.injected`).
+            posterior: latent posterior (mean, std), each (B, C, h, w), of the crops at the given corners.
+            embedding: (1, tokens, D) of the prompt.
+            draw: the random numbers of a step.
+            scheduler: diffusers scheduler that adds noise and knows the prediction type.
+        """
+        super().__init__()
+        self.strict_loading = False
+        self._frozen = (
+            backbone,
+            posterior,
+            embedding,
+            scheduler,
+        )  # in a tuple: no submodules, no part of checkpoints
+        self.draw, self.lr, self.weight_decay = draw, lr, weight_decay
+        self.lora = torch.nn.ParameterList(lora_module.parameters(backbone.network).values())
+
+    def training_step(self, _: int) -> Tensor:
+        backbone, posterior, embedding, scheduler = self._frozen
+        draw = self.draw(self.global_step)
+        mean, std = posterior(draw.corners)
+        noise, t = draw.noise.to(self.device), draw.timesteps.to(self.device)
+        latents = mean + std * draw.posterior.to(self.device)
+        predicted = backbone.predict(scheduler.add_noise(latents, noise, t), t, embedding.expand(len(t), -1, -1))
+        target = noise if backbone.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, t)
+        loss = F.mse_loss(predicted.float(), target.float())
+        self.log("lora/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.lora, lr=self.lr, weight_decay=self.weight_decay)
