@@ -124,18 +124,15 @@ def _disc(p: Parameters, x: Array, y: Array, prefix: str) -> Array:
 
 
 def _mountain(p: Parameters, x: Array, y: Array) -> Array:
-    """A triangle from the peak to two fixed feet: the larger of its two flanks' distances; the ground hides the base."""
-    distance = None
-    for side in (-1.0, 1.0):
-        foot_x = _column(p["foot_x"]) + side * _column(p["foot_width"])
-        edge_x, edge_y = foot_x - _column(p["peak_x"]), _column(p["horizon"]) + 2 - _column(p["peak_y"])
-        flank = (
-            side
-            * ((x - _column(p["peak_x"])) * edge_y - (y - _column(p["peak_y"])) * edge_x)
-            / np.hypot(edge_x, edge_y)
-        )
-        distance = flank if distance is None else np.maximum(distance, flank)
-    return distance
+    """A triangle from the peak to two fixed feet: the larger of its flanks' distances; the ground hides the base."""
+    peak_x, peak_y = _column(p["peak_x"]), _column(p["peak_y"])
+
+    def flank(side: float) -> Array:
+        edge_x = _column(p["foot_x"]) + side * _column(p["foot_width"]) - peak_x
+        edge_y = _column(p["horizon"]) + 2 - peak_y
+        return side * ((x - peak_x) * edge_y - (y - peak_y) * edge_x) / np.hypot(edge_x, edge_y)
+
+    return np.maximum(flank(-1.0), flank(1.0))
 
 
 def _box(x: Array, y: Array, centre_x: Array, half_width: Array, top: Array, bottom: Array) -> Array:
@@ -153,6 +150,10 @@ def _tower(p: Parameters, x: Array, y: Array) -> tuple[Array, Array]:
 
 def _paint(canvas: Array, colour: Array, opacity: Array) -> None:
     canvas += (colour - canvas) * opacity[..., None]
+
+
+def _rgb(red: float, green: float, blue: float) -> Array:
+    return np.array([red, green, blue], dtype=np.float32)
 
 
 def _colours(names: tuple[str, ...], index: Array) -> Array:
@@ -187,7 +188,7 @@ def _render_landscape(p: Parameters, size: int) -> Array:
     mountain = _mountain(p, x, y)
     _paint(canvas, _colours(MOUNTAINS, p["mountain_colour"]), _coverage(mountain))
     snow = np.maximum(mountain, y - _column(p["peak_y"]) - 9.0)
-    _paint(canvas, np.float32([0.96, 0.97, 1.0]), _coverage(snow))
+    _paint(canvas, _rgb(0.96, 0.97, 1.0), _coverage(snow))
 
     ground = _colours(GROUNDS, p["ground_colour"])
     shade = 1.1 - 0.35 * np.clip((y - horizon) / (UNIT - horizon), 0, 1)
@@ -209,8 +210,8 @@ def _render_room(p: Parameters, size: int) -> Array:
     tower_colour = _colours(TOWERS, p["tower_colour"])
     _paint(canvas, tower_colour, _coverage(body))
     centre, top = _column(p["tower_x"]), _column(p["top_y"])
-    window = _box(x, y, centre, np.float32(2.5), top + 4, top + 10)
-    _paint(canvas, np.float32([0.98, 0.93, 0.60]), _coverage(window))
+    window = _box(x, y, centre, _column(np.array(2.5)), top + 4, top + 10)
+    _paint(canvas, _rgb(0.98, 0.93, 0.60), _coverage(window))
     _paint(canvas, _colours(ROOFS, p["roof_colour"]), _coverage(roof))
 
     ball = _disc(p, x, y, "ball")

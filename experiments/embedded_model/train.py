@@ -3,9 +3,9 @@
     python experiments/embedded_model/train.py                  # all stages, about 2 hours on 2 CPU cores
     python experiments/embedded_model/train.py --devices 1 --accelerator gpu
 
-Stages: render scenes -> autoencoder -> encode -> text encoder and UNet together -> export. Each stage resumes from what is
-in `--work`, so the same command goes on after an interruption. The result, `dragdiff/assets/embedded-sd`, is loaded
-like any Stable Diffusion folder.
+Stages: render scenes -> autoencoder -> encode -> text encoder and UNet together -> export. Each stage resumes from
+what is in `--work`, so the same command goes on after an interruption. The result, `dragdiff/assets/embedded-sd`, is
+loaded like any Stable Diffusion folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAINING_SEED = 10_000_000  # a random stream of its own: no held-out scene is d
 # ------------------------------------------------------------------------------------------------ data
 
 
-def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
+def build_tokenizer(captions: list[str], folder: Path) -> None:
     """A byte-level BPE tokenizer, trained until each word of the captions is one token."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -53,16 +53,17 @@ def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     learned = json.loads(tokenizer.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [letter + "</w>" for letter in alphabet] + [merge.replace(" ", "") for merge in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    endings = [letter + "</w>" for letter in alphabet]
+    words = [merge.replace(" ", "") for merge in merges]
+    tokens = [*dict.fromkeys([*alphabet, *endings, *words]), "<|startoftext|>", "<|endoftext|>"]
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    settings = special | {"model_max_length": MAX_TOKENS, "tokenizer_class": "CLIPTokenizer"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return CLIPTokenizer(
-        vocab_file=str(folder / "vocab.json"),
-        merges_file=str(folder / "merges.txt"),
-        model_max_length=MAX_TOKENS,
-    )
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def render_dataset(work: Path, count: int) -> None:
@@ -92,7 +93,7 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
 
 
 class StepwiseModule(L.LightningModule):
-    """Draws its batch from (seed, rank, step), so that a resumed run goes on with the same data; warm-up, hold, decay."""
+    """Draws its batch from (rank, step), so that a resumed run goes on with the same data; warm-up, hold, decay."""
 
     def __init__(self, batch_size: int, lr: float, steps: int) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class Autoencoder(StepwiseModule):
 
 
 class Denoiser(StepwiseModule):
-    """Text encoder and UNet on cached latents: epsilon MSE under the square root of min-SNR-5 weighting, with an EMA."""
+    """Text encoder and UNet on cached latents: epsilon MSE, weighted by the square root of min-SNR-5, with an EMA."""
 
     def __init__(
         self,
@@ -336,7 +337,7 @@ def main() -> None:
         render_dataset(work, args.scenes)
         if not (work / "tokenizer" / "tokenizer_config.json").exists():
             captions = sorted(set(json.loads((work / "captions.json").read_text())))
-            build_tokenizer(captions, work / "tokenizer").save_pretrained(work / "tokenizer")
+            build_tokenizer(captions, work / "tokenizer")
     if args.only in (None, "autoencoder") and not (work / "autoencoder.pt").exists():
         images = np.load(work / "images.npy", mmap_mode="r")
         fit(
