@@ -78,6 +78,7 @@ def test_the_measurement_finds_half_an_edit_under_noise(kind: str) -> None:
     half = render(KINDS[kind].family, moved(kind, scene.parameters, scene.displacement / 2))[0]
     noise = np.random.default_rng(0).normal(0, 12, half.shape)
     found = measured_displacement(scene, np.clip(half + noise, 0, 255).astype(np.uint8))
+    assert found is not None
     assert np.linalg.norm(found - scene.displacement / 2) < 0.4
 
 
@@ -97,3 +98,12 @@ def test_psnr_and_ssim_against_torchmetrics_and_their_definition() -> None:
     patched = second.copy()
     patched[:20] = first[:20]
     assert ssim(first, patched, half) > ssim(first, patched, ~half)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_that_is_gone_counts_as_not_moved(kind: str) -> None:
+    scene = make_scene(kind, 4)
+    without = render(KINDS[kind].family, moved(kind, scene.parameters, np.array([1000.0, 1000.0])))[0]
+    result = score(scene, without)
+    assert result.displacement is None
+    assert result.distance_after == result.distance_before

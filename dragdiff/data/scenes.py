@@ -12,6 +12,7 @@ the top left pixel, so that pixel i has its centre at i + 0.5; other sizes scale
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -372,7 +373,7 @@ def make_scene(kind: str, seed: int, size: int = UNIT) -> Scene:
         size: side of the picture in px.
     """
     spec = KINDS[kind]
-    rng = np.random.default_rng([seed, list(KINDS).index(kind)])
+    rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
     while (drawn := _draw_edit(kind, rng)) is None:
         pass
     parameters, displacement = drawn

@@ -11,7 +11,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dragdiff.data.scenes import KINDS, Scene, moved, render
 
-MARGIN = 8.0  # px of the 64 px picture: how far beyond the drag's path the part is looked for
+MARGIN = 4.0  # px of the 64 px picture: how far beside the drag's path the part is looked for
+FAR = 1000.0  # px: a displacement that takes a part out of the picture
 CHUNK = 256  # scenes rendered at once
 
 
@@ -20,14 +21,15 @@ class SceneScore:
     """An edit against the truth.
 
     Attributes:
-        displacement: (dx, dy) by which the part has moved, px of the 64 px picture.
-        distance_before, distance_after: of the part to its true place, px of the 64 px picture.
+        displacement: (dx, dy) by which the part has moved, px of the 64 px picture; None when it is gone.
+        distance_before, distance_after: of the part to its true place, px of the 64 px picture; a part that is gone
+            counts as not moved.
         psnr_inside, ssim_inside: of the edit to the truth, inside the mask.
         psnr_inside_source, ssim_inside_source: of the unedited picture to the truth, inside the mask.
         psnr_outside: of the edit to the source, outside the mask.
     """
 
-    displacement: np.ndarray
+    displacement: np.ndarray | None
     distance_before: float
     distance_after: float
     psnr_inside: float
@@ -44,7 +46,7 @@ def score(scene: Scene, image: np.ndarray) -> SceneScore:
     return SceneScore(
         displacement=displacement,
         distance_before=float(np.linalg.norm(scene.displacement)),
-        distance_after=float(np.linalg.norm(scene.displacement - displacement)),
+        distance_after=float(np.linalg.norm(scene.displacement - (0 if displacement is None else displacement))),
         psnr_inside=psnr(image, scene.truth, mask),
         psnr_inside_source=psnr(source, scene.truth, mask),
         ssim_inside=ssim(image, scene.truth, mask),
@@ -53,31 +55,33 @@ def score(scene: Scene, image: np.ndarray) -> SceneScore:
     )
 
 
-def measured_displacement(scene: Scene, image: np.ndarray) -> np.ndarray:
+def measured_displacement(scene: Scene, image: np.ndarray) -> np.ndarray | None:
     """The displacement of the part whose re-rendering explains the picture best inside the mask.
 
-    An exhaustive search at 1 px over the drag's bounding box and a margin, then at 1/4 px around the best: neither
-    the model nor the tracker has a say in it.
+    An exhaustive search at 1 px over the drag's path and a margin, where the mask leaves room for the part, then at
+    1/4 px around the best: neither the model nor the tracker has a say in it.
 
     Returns:
-        (2,) float64, (dx, dy) in px of the 64 px picture; 0 on an axis that the part can't move along.
+        (2,) float64, (dx, dy) in px of the 64 px picture; 0 on an axis that the part can't move along. None when the
+        scene without the part explains the picture better than the part at any place does.
     """
-    free = [axis in KINDS[scene.kind].axes for axis in (0, 1)]
-    low = np.minimum(scene.displacement, 0) - MARGIN
-    high = np.maximum(scene.displacement, 0) + MARGIN
+    reach = np.arange(
+        -np.ceil(np.linalg.norm(scene.displacement) + MARGIN), np.linalg.norm(scene.displacement) + MARGIN
+    )
     best = np.zeros(2)
-    for step in (1.0, 0.25):
-        axes = [
-            np.arange(np.ceil(first), last + step / 2, step)
-            if step == 1.0 and able
-            else best[axis] + np.arange(-4, 5) * step
-            if able
-            else np.zeros(1)
-            for axis, (first, last, able) in enumerate(zip(low, high, free, strict=True))
-        ]
+    for offsets in (reach, np.arange(-3, 4) * 0.25):
+        axes = [best[axis] + offsets if axis in KINDS[scene.kind].axes else np.zeros(1) for axis in (0, 1)]
         candidates = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-        best = candidates[np.argmin(_errors(scene, image, candidates))]
-    return best
+        candidates = candidates[_distance_to_path(candidates, scene.displacement) <= MARGIN]
+        errors = _errors(scene, image, candidates)
+        best = candidates[np.argmin(errors)]
+    return None if _errors(scene, image, np.array([[FAR, FAR]]))[0] < errors.min() else best
+
+
+def _distance_to_path(points: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Distance of points (n, 2) to the straight way from the origin to `end`."""
+    along = np.clip(points @ end / (end @ end), 0, 1)
+    return np.linalg.norm(points - along[:, None] * end, axis=1)
 
 
 def _errors(scene: Scene, image: np.ndarray, displacements: np.ndarray) -> np.ndarray:

@@ -70,7 +70,9 @@ def main() -> None:
         print(kind, {name: round(value, 3) for name, value in figures.items()}, flush=True)
         report[kind] = {
             "summary": figures,
-            "scores": [asdict(s) | {"displacement": list(s.displacement)} for s in scores],
+            "scores": [
+                asdict(s) | {"displacement": None if s.displacement is None else list(s.displacement)} for s in scores
+            ],
         }
         Image.fromarray(sheet(rows)).save(args.out / f"{kind}.png")
     (args.out / "scores.json").write_text(json.dumps({"overrides": args.overrides, "kinds": report}, indent=1))
