@@ -5,9 +5,10 @@ Two families of pictures are drawn from signed distances (numpy only, vectorised
 - *landscape*: a sun or moon in a day, dusk or night sky, behind a snow-capped mountain on flat ground;
 - *room*: a striped ball and a tower before a wall, on a floor.
 
-Each kind of edit moves one part. Because a scene is re-rendered with that part moved, the edited picture and the
-points in it are known exactly. Coordinates are (x, y) in px of a 64 x 64 picture, origin at the top left corner of
-the top left pixel, so that pixel i has its centre at i + 0.5; other sizes scale.
+Each kind of edit moves one part: the sun goes to another place in the sky, the tower grows or shrinks. Because a
+scene is re-rendered with that part moved, the edited picture and the points in it are known exactly. Coordinates are
+(x, y) in px of a 64 x 64 picture, origin at the top left corner of the top left pixel, so that pixel i has its centre
+at i + 0.5; other sizes scale.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Kind:
     part: tuple[str, ...]  # the parameters that a displacement (dx, dy) is added to, in this order
     axes: tuple[int, ...]  # which of (dx, dy) each of them takes
     length: tuple[float, float]  # the drag's length, px
-    grip: tuple[float, float]  # handle relative to the moved parameters, px: where a person would take hold
+    anchor: tuple[str, str]  # the parameters that say where the part is, x and y
+    grip: tuple[float, float]  # handle relative to the anchor, px: where a person would take hold
     bounds: dict[str, tuple[float, float]]  # where the moved parameters may go, px
 
 
@@ -93,12 +95,24 @@ class Scene:
 
 
 KINDS: dict[str, Kind] = {
-    "sun": Kind("landscape", ("sun_x", "sun_y"), (0, 1), (8, 18), (0, 0), {"sun_x": (11, 53), "sun_y": (11, 24)}),
-    "mountain": Kind(
-        "landscape", ("peak_x", "peak_y"), (0, 1), (7, 13), (0, 5), {"peak_x": (14, 50), "peak_y": (20, 40)}
+    "sun": Kind(
+        family="landscape",
+        part=("sun_x", "sun_y"),
+        axes=(0, 1),
+        length=(8, 18),
+        anchor=("sun_x", "sun_y"),
+        grip=(0, 0),
+        bounds={"sun_x": (11, 53), "sun_y": (11, 24)},
     ),
-    "ball": Kind("room", ("ball_x", "ball_y"), (0, 1), (8, 18), (0, 0), {"ball_y": (12, 46)}),
-    "tower": Kind("room", ("top_y",), (1,), (7, 14), (0, 3), {"top_y": (14, 40)}),
+    "tower": Kind(
+        family="room",
+        part=("top_y",),
+        axes=(1,),
+        length=(7, 14),
+        anchor=("tower_x", "top_y"),
+        grip=(0, 3),
+        bounds={"top_y": (14, 40)},
+    ),
 }
 
 
@@ -330,12 +344,7 @@ def moved(kind: str, parameters: Parameters, displacement: Array) -> Parameters:
 def part_coverage(kind: str, parameters: Parameters, size: int = UNIT) -> Array:
     """Where the moving part of each scene is, (n, size, size) bool."""
     x, y = _grid(size)
-    if kind in ("sun", "ball"):
-        distance = _disc(parameters, x, y, kind)
-    elif kind == "mountain":
-        distance = np.maximum(_mountain(parameters, x, y), y - _column(parameters["horizon"]))
-    else:
-        distance = np.minimum(*_tower(parameters, x, y))
+    distance = _disc(parameters, x, y, "sun") if kind == "sun" else np.minimum(*_tower(parameters, x, y))
     return distance < 0
 
 
@@ -350,12 +359,6 @@ def _draw_edit(kind: str, rng: np.random.Generator) -> tuple[Parameters, Array] 
     ends = moved(kind, parameters, np.stack([np.zeros(2), displacement]))
     for name, (low, high) in spec.bounds.items():
         if ends[name].min() < low or ends[name].max() > high:
-            return None
-    if kind == "ball":  # clear of the tower and of the border
-        room = ends["ball_r"] + ends["tower_half"]
-        if (np.abs(ends["ball_x"] - ends["tower_x"]) < room).any():
-            return None
-        if (ends["ball_x"] < ends["ball_r"]).any() or (ends["ball_x"] > UNIT - ends["ball_r"]).any():
             return None
     if kind == "sun":  # the middle of the disc stays visible
         centre_distance = _mountain(ends, _column(ends["sun_x"]), _column(ends["sun_y"]))
@@ -378,8 +381,7 @@ def make_scene(kind: str, seed: int, size: int = UNIT) -> Scene:
         pass
     parameters, displacement = drawn
     scale = size / UNIT
-    anchor = {"mountain": ("peak_x", "peak_y"), "tower": ("tower_x", "top_y")}.get(kind, spec.part)
-    handle = np.array([parameters[name][0] for name in anchor]) + np.array(spec.grip)
+    handle = np.array([parameters[name][0] for name in spec.anchor]) + np.array(spec.grip)
     path = moved(kind, parameters, np.linspace(0, 1, 9)[:, None] * displacement)
     swept = part_coverage(kind, path, size).any(axis=0)
     margin = 2 * round(3 * scale) + 1

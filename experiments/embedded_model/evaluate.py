@@ -4,7 +4,7 @@
     python experiments/embedded_model/evaluate.py --seeds 0 8 --kinds sun drag.lr=0.02
 
 Prints one line a kind and writes scores and a contact sheet (source | edited | truth) into --out. The model was never
-trained on these scenes; its settings were chosen on seeds 0 to 15, so that 1000 to 1031 are held out from both.
+trained on these scenes; its settings were chosen on seeds 0 to 11, so that 1000 to 1031 are held out from both.
 """
 
 from __future__ import annotations

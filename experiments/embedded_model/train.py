@@ -302,7 +302,7 @@ def load_vae(work: Path) -> AutoencoderKL:
 
 
 def build_denoiser(work: Path, tokenizer: CLIPTokenizer, **kwargs) -> Denoiser:
-    latents = torch.load(work / "latents.pt", mmap=True)
+    latents = torch.load(work / "latents.pt")
     captions = json.loads((work / "captions.json").read_text())
     unique = sorted(set(captions))
     encoded = tokenizer(unique, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--destination", type=Path, default=ROOT / "dragdiff" / "assets" / "embedded-sd")
     parser.add_argument("--scenes", type=int, default=60_000)
     parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=8000, help="of the text encoder and UNet")
+    parser.add_argument("--steps", type=int, default=4400, help="of the text encoder and UNet")
     parser.add_argument(
         "--batch", type=int, default=24, help="scenes a device and step (the autoencoder: a third of it)"
     )
