@@ -67,8 +67,8 @@ def mutual_self_attention(network: nn.Module, layers: Sequence[str], *, start_st
     """Install the control on the named self-attention layers; put the model back on leaving, also after an error.
 
     Args:
-        network: the denoiser; its batch rows are [source, edited] (guidance 1), or the negative group's pair and then the
-            positive group's.
+        network: the denoiser; its batch rows are [source, edited] (guidance 1), or the negative group's pair and then
+            the positive group's.
         layers: names of self-attention modules (diffusers `Attention`).
         start_step: the first controlled forward of the network, counted from 0 inside this context.
 

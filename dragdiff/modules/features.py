@@ -81,6 +81,7 @@ class FeatureMap:
 
     def window(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Values at every combination of whole grid rows (n,) and cols (m,), (C, n, m) float32."""
+        rows, cols = (positions.to(self.maps[0].device) for positions in (rows, cols))
         return torch.cat([_read(features[0], rows, cols, self.grid) for features in self.maps])
 
     def at(self, positions: Tensor) -> Tensor:

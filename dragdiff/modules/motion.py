@@ -34,8 +34,8 @@ def shifted_patch(features: FeatureMap, rows: Tensor, cols: Tensor, shift: Tenso
     first_row, first_col = (int(value) for value in whole)
     last = features.grid[0] - 1, features.grid[1] - 1
     window = features.window(
-        (torch.arange(len(rows) + 1, device=rows.device) + rows[0] + first_row).clamp(0, last[0]),
-        (torch.arange(len(cols) + 1, device=cols.device) + cols[0] + first_col).clamp(0, last[1]),
+        (torch.arange(len(rows) + 1) + rows[0] + first_row).clamp(0, last[0]),
+        (torch.arange(len(cols) + 1) + cols[0] + first_col).clamp(0, last[1]),
     )
     upper = (1 - across) * window[:, :-1, :-1] + across * window[:, :-1, 1:]
     lower = (1 - across) * window[:, 1:, :-1] + across * window[:, 1:, 1:]
@@ -56,14 +56,13 @@ def one_step(features: FeatureMap, *, handles: Tensor, targets: Tensor, radius: 
         Scalar: over the handles, (2 r1 + 1)^2 times the mean absolute difference between the detached patch and the
         patch one step on; the mean is over channels and the patch as clipped by the border.
     """
-    device = features.maps[0].device
-    loss = torch.zeros((), device=device)
+    loss = torch.zeros((), device=features.maps[0].device)
     for handle, target, distance in zip(handles, targets, distances(handles, targets).tolist(), strict=True):
         if distance < stop_distance or distance == 0:
             continue
         row, col = handle.tolist()
-        rows = torch.arange(*window_range(row, radius, features.grid[0]), device=device)
-        cols = torch.arange(*window_range(col, radius, features.grid[1]), device=device)
+        rows = torch.arange(*window_range(row, radius, features.grid[0]))
+        cols = torch.arange(*window_range(col, radius, features.grid[1]))
         here = features.window(rows, cols).detach()
         ahead = shifted_patch(features, rows, cols, (target - handle) / distance)
         loss = loss + (2 * radius + 1) ** 2 * (ahead - here).abs().mean()

@@ -31,11 +31,10 @@ def nearest(features: FeatureMap, *, templates: Tensor, handles: Tensor, radius:
         template; the first in row-major order where several do.
     """
     moved = []
-    device = templates.device
     for template, (row, col) in zip(templates, handles.tolist(), strict=True):
         top, bottom = window_range(row, radius, features.grid[0])
         left, right = window_range(col, radius, features.grid[1])
-        window = features.window(torch.arange(top, bottom, device=device), torch.arange(left, right, device=device))
+        window = features.window(torch.arange(top, bottom), torch.arange(left, right))
         distance = (window - template[:, None, None]).abs().sum(dim=0)
         # argmin leaves the order of ties open, nonzero does not
         best = (distance == distance.min()).nonzero()[:1]
