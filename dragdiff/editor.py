@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import time
@@ -27,10 +28,18 @@ from dragdiff.config import Config, check, load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
 from dragdiff.models.drag import LatentDrag, MaskTerm
-from dragdiff.models.lora import LoRAFinetune, Posterior, seeded_noise
+from dragdiff.models.lora import LoRAFinetune, Posterior, check_resume, seeded_noise
 from dragdiff.models.trainer import fit
 from dragdiff.modules import attention, ddim, lora, motion, points, tracking
-from dragdiff.modules.backbone import Backbone, load_backbone, resolve_autocast
+from dragdiff.modules.backbone import (
+    Backbone,
+    feature_block,
+    freeu,
+    load_backbone,
+    resolve_autocast,
+    self_attention_layers,
+    skeleton,
+)
 from dragdiff.modules.features import FeatureMap, combine_guidance, forward_with_features
 
 Report = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, note
@@ -81,6 +90,10 @@ class Editor:
         >>> from dragdiff import Editor, EditSample
         >>> editor = Editor.from_config("embedded")                                   # doctest: +SKIP
         >>> result = editor.edit(EditSample("cat.png", "a cat", [[[10, 20], [30, 20]]]))  # doctest: +SKIP
+
+        With a diffusers pipeline of one's own, which an edit leaves as it was:
+
+        >>> editor = Editor(config, backbone=StableDiffusion(pipeline))               # doctest: +SKIP
     """
 
     def __init__(self, config: Config, backbone: Backbone | None = None, *, report: Report | None = None) -> None:
@@ -94,11 +107,17 @@ class Editor:
             UserError: bad settings, or no such model.
         """
         check(config)
+        _strategy("drag.supervision", config.drag.supervision, motion.SUPERVISIONS)
+        _strategy("drag.tracker", config.drag.tracker, tracking.TRACKERS)
         self.config = config
+        self._named_lora()
+        if backbone is None:
+            unet = skeleton(config.model)
+            _check_blocks(config, lambda name: feature_block(unet, name), self_attention_layers(unet))
         self.backbone = backbone or load_backbone(config.model)
+        _check_blocks(config, self.backbone.feature_block, self.backbone.self_attention_layers)
         self.report = report or (lambda stage, done, total, note: None)
         self.seconds: dict[str, float] = {}
-        self._check_against_model()
         device = self.backbone.device
         self.autocast = resolve_autocast(config.model.autocast, device=device, dtype=config.model.dtype)
         folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
@@ -108,13 +127,6 @@ class Editor:
     def from_config(cls, *files: str | Path, overrides: Sequence[str] = (), **kwargs: Any) -> Editor:
         """An editor from YAML overlays (paths, or names of shipped ones) and `key=value` overrides."""
         return cls(load_config(files, overrides), **kwargs)
-
-    def _check_against_model(self) -> None:
-        """What can be said only once the model is known."""
-        for name in self.config.drag.features:
-            self.backbone.feature_block(name)
-        if self.config.control.enabled:
-            attention.layers_from(self.backbone.self_attention_layers, self.config.control.start_layer)
 
     # ------------------------------------------------------------------------------- the path
 
@@ -129,7 +141,8 @@ class Editor:
         """Drag one sample.
 
         Args:
-            sample: picture, prompt, point pairs, mask. For a generated picture, what `generate` gave.
+            sample: picture, prompt, point pairs, mask. With `generate.enabled` its picture, of the size that will be
+                generated, does not matter.
             folder: where intermediate frames are written as they come; None keeps them in memory only.
             logger: a Lightning logger for losses, distances and frames.
             callbacks: more observers of the drag.
@@ -138,16 +151,25 @@ class Editor:
             UserError: the sample does not fit the settings.
         """
         self.seconds = {}
-        sample = sample.resized(self.config.data.max_size)
         if self.backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.backbone.device)
+        scheduler = self._scheduler()
+        generated: list[Tensor] = []
+        if self.config.generate.enabled:
+            picture, generated, scheduler = self._generate(sample.prompt)
+            sample = dataclasses.replace(sample, image=picture)
+        else:
+            sample = sample.resized(self.config.data.max_size)
         keep = self._keep(sample)
-        adapter = None if self.config.generate.enabled else self.finetune(sample, logger=logger)
+        adapter = self._named_lora() if self.config.generate.enabled else self.finetune(sample, logger=logger)
         with self._frozen(), lora.merged(self.backbone.network, adapter), self._freeu():
             embeddings = self._embeddings(sample.prompt)
-            source = self._source_latent(sample, embeddings)
+            if self.config.generate.enabled:
+                source = generated[len(generated) - 1 - self.drag_steps_of_schedule]
+            else:
+                source = self._invert(sample, embeddings)
             drag, trajectory, frames = self._drag(sample, source, embeddings, keep, folder, logger, callbacks)
-            image = self._denoise(sample, source, drag.latent.detach(), embeddings)
+            image = self._denoise(sample, source, drag.latent.detach(), embeddings, scheduler)
         to_px = {"image_size": sample.image.shape[:2], "grid": self._grid(sample)}
         if not trajectory.positions:
             trajectory.positions.append(drag.handles)
@@ -159,7 +181,7 @@ class Editor:
             image=image,
             trajectory=np.stack(tracked),
             steps=drag.steps_done,
-            stop_reason=drag.stop_reason,
+            stop_reason=drag.stop_reason or "steps",
             frames=[(step, picture, points.to_image(handles, **to_px).numpy()) for step, picture, handles in frames],
             seconds=dict(self.seconds),
             peak_memory_mb=peak_memory_mb(self.backbone.device),
@@ -179,16 +201,16 @@ class Editor:
         """
         settings = self.config.lora
         if settings.path:
-            return lora.load(Path(settings.path).expanduser())
+            return self._named_lora()
         if settings.steps == 0:
             return None
         if settings.resume or (folder is not None and settings.save_every):
             return self._train_lora(sample, folder, logger)
         return self.cache.get(
-            self._lora_key(sample),
+            cache.digest(**self._lora_inputs(sample), steps=settings.steps),
             make=lambda: self._train_lora(sample, folder, logger),
             save=lora.save,
-            load=lora.load,
+            load=self._cached_lora,
         )
 
     def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
@@ -196,6 +218,15 @@ class Editor:
 
         Returns:
             ((H, W, 3) uint8, the latent before each step and the clean one).
+        """
+        picture, path, _ = self._generate(prompt)
+        return picture, path
+
+    def _generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor], Any]:
+        """As `generate`; also the scheduler as it was at the drag's step.
+
+        A multistep solver (DPM++ 2M) remembers the step before. Denoising goes on with that memory, for the source and
+        the edited row alike: without it the source would not come out as the picture that was generated.
         """
         settings = self.config.generate
         scheduler = self._scheduler()
@@ -206,18 +237,40 @@ class Editor:
             torch.randn((1, channels, *size), generator=generator).to(self.backbone.device) * scheduler.init_noise_sigma
         )
         total = len(scheduler.timesteps)
-        with self._frozen(), self._freeu(), self._stage("generate", total) as advance:
+        at_drag = copy.deepcopy(scheduler)
+        adapted = lora.merged(self.backbone.network, self._named_lora())
+        with self._frozen(), adapted, self._freeu(), self._stage("generate", total) as advance:
+
+            def step_done(done: int) -> None:
+                nonlocal at_drag
+                if done == total - self.drag_steps_of_schedule:
+                    at_drag = copy.deepcopy(scheduler)
+                advance(done, "")
+
             predict = self._predictor(self._embeddings(prompt))
-            path = ddim.sample(predict, latent, scheduler=scheduler, start=0, report=lambda done: advance(done, ""))
+            path = ddim.sample(predict, latent, scheduler=scheduler, start=0, report=step_done)
             image = self._to_picture(path[-1], (settings.height, settings.width))
-        return image, path
+        return image, path, at_drag
 
     # ------------------------------------------------------------------------------- stages
+
+    def _named_lora(self) -> lora.LoRA | None:
+        path = self.config.lora.path
+        return lora.load(Path(path).expanduser()) if path else None
+
+    def _cached_lora(self, entry: Path) -> lora.LoRA:
+        cached = lora.load(entry)
+        self.report("LoRA", self.config.lora.steps, self.config.lora.steps, "from the cache")
+        return cached
 
     def _train_lora(self, sample: EditSample, folder: Path | None, logger: Logger | None) -> lora.LoRA:
         settings, backbone = self.config.lora, self.backbone
         alpha = settings.alpha or float(settings.rank)
         scheduler = backbone.scheduler(self.config.ddim.steps)
+        inputs = self._lora_inputs(sample)
+        resume = Path(settings.resume).expanduser() if settings.resume else None
+        if resume:
+            check_resume(resume, settings=inputs, steps=settings.steps)
         with self._frozen(), self._stage("LoRA", settings.steps) as advance:
             with torch.no_grad():
                 posterior, latent_shape, slack = self._crops(sample)
@@ -244,6 +297,7 @@ class Editor:
                     lr=settings.lr,
                     weight_decay=settings.weight_decay,
                     scheduler=scheduler,
+                    settings=inputs,
                 )
                 callbacks: list[L.Callback] = [Progress(advance)]
                 if folder is not None and settings.save_every:
@@ -257,9 +311,12 @@ class Editor:
                     autocast=self.autocast,
                     callbacks=callbacks,
                     logger=logger,
-                    resume=Path(settings.resume) if settings.resume else None,
+                    resume=resume,
                 )
-                return lora.extract(lora.parameters(backbone.network), scale=alpha / settings.rank)
+                trained = lora.extract(lora.parameters(backbone.network), scale=alpha / settings.rank)
+        if not all(torch.isfinite(up).all() for up in trained.up.values()):
+            raise UserError(f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}")
+        return trained
 
     def _crops(self, sample: EditSample) -> tuple[Posterior, tuple[int, int, int], tuple[int, int]]:
         """How the LoRA sees the picture: posterior of crops, shape of one crop's latent, how far corners can go."""
@@ -296,11 +353,8 @@ class Editor:
         slack = (mean.shape[2] - side_h, mean.shape[3] - side_w)
         return lambda corners: (cut(mean, corners), cut(std, corners)), (mean.shape[1], side_h, side_w), slack
 
-    def _source_latent(self, sample: EditSample, embeddings: Tensor) -> Tensor:
-        """The source's latent at the drag's timestep: by inversion, or from the picture's own generation."""
-        if self.config.generate.enabled:
-            path = self.generate(sample.prompt)[1]
-            return path[len(path) - 1 - self.drag_steps_of_schedule]
+    def _invert(self, sample: EditSample, embeddings: Tensor) -> Tensor:
+        """The picture's latent at the drag's timestep, by DDIM inversion."""
         steps = self.drag_steps_of_schedule
         with self._stage("inversion", steps) as advance, torch.no_grad():
             mean, _ = self.backbone.encode(to_tensor(sample.image).to(self.backbone.device))
@@ -392,9 +446,10 @@ class Editor:
             )
         return drag.to(backbone.device), trajectory, frames.frames
 
-    def _denoise(self, sample: EditSample, source: Tensor, dragged: Tensor, embeddings: Tensor) -> np.ndarray:
+    def _denoise(
+        self, sample: EditSample, source: Tensor, dragged: Tensor, embeddings: Tensor, scheduler: Any
+    ) -> np.ndarray:
         settings, backbone = self.config.control, self.backbone
-        scheduler = self._scheduler()
         steps = self.drag_steps_of_schedule
         control: Any = nullcontext()
         latents = dragged
@@ -420,13 +475,7 @@ class Editor:
     @property
     def drag_steps_of_schedule(self) -> int:
         """Schedule steps between the drag's timestep and the clean picture."""
-        steps = round(self.config.ddim.steps * self.config.ddim.strength)
-        if steps < 1:
-            raise UserError(
-                f"ddim.strength {self.config.ddim.strength} of {self.config.ddim.steps} steps leaves no step: "
-                "raise one of them"
-            )
-        return steps
+        return round(self.config.ddim.steps * self.config.ddim.strength)
 
     @property
     def _guidance(self) -> float:
@@ -473,22 +522,26 @@ class Editor:
             image = F.interpolate(image, size, mode="bilinear")
         return to_uint8(image)
 
-    def _lora_key(self, sample: EditSample) -> str:
+    def _lora_inputs(self, sample: EditSample) -> dict[str, Any]:
+        """Everything that each step of the LoRA's training depends on, as plain values."""
         settings = dataclasses.asdict(self.config.lora)
-        for irrelevant in ("path", "save_every", "resume"):
-            del settings[irrelevant]
-        return cache.digest(
-            image=sample.image,
-            prompt=sample.prompt,
-            seed=self.config.seed,
-            settings=settings,
-            model=self._model_fingerprint(),
-            precision=[self.config.model.dtype, self.autocast, self.backbone.device.type],
-        )
+        for other in ("path", "steps", "save_every", "resume"):
+            del settings[other]
+        return {f"lora.{key}": value for key, value in settings.items()} | {
+            "image": cache.digest(image=sample.image),
+            "prompt": sample.prompt,
+            "seed": self.config.seed,
+            "model": self._model_fingerprint(),
+            "precision": f"{self.config.model.dtype}, autocast {self.autocast}, {self.backbone.device.type}",
+        }
 
     def _model_fingerprint(self) -> str:
         if not hasattr(self, "_fingerprint"):
-            self._fingerprint = cache.fingerprint(*self.backbone.modules)
+            self._fingerprint = cache.digest(
+                weights=cache.fingerprint(*self.backbone.modules),
+                prediction=self.backbone.prediction_type,
+                noise=self.backbone.scheduler(1).alphas_cumprod.numpy(),
+            )
         return self._fingerprint
 
     @contextmanager
@@ -524,13 +577,9 @@ class Editor:
         if not (settings.enabled and settings.freeu):
             yield
             return
-        self.backbone.network.enable_freeu(  # type: ignore[operator]
-            s1=settings.freeu_s1, s2=settings.freeu_s2, b1=settings.freeu_b1, b2=settings.freeu_b2
-        )
-        try:
+        factors = {key: getattr(settings, f"freeu_{key}") for key in ("b1", "b2", "s1", "s2")}
+        with freeu(self.backbone.network, **factors):
             yield
-        finally:
-            self.backbone.network.disable_freeu()  # type: ignore[operator]
 
 
 def guide(output: Tensor, guidance: float) -> Tensor:
@@ -559,6 +608,14 @@ def peak_memory_mb(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _check_blocks(config: Config, find_block: Callable[[str], Any], layers: Sequence[str]) -> None:
+    """Whether the model has the blocks that the settings name."""
+    for name in config.drag.features:
+        find_block(name)
+    if config.control.enabled:
+        attention.layers_from(layers, config.control.start_layer)
 
 
 def _strategy(key: str, name: str, choices: dict[str, Any]) -> Any:

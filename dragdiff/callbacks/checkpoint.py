@@ -11,7 +11,10 @@ from dragdiff.modules import lora
 
 
 class LoRACheckpoint(L.Callback):
-    """Writes `step-NNNN/pytorch_lora_weights.safetensors` and `last.ckpt` (LoRA keys and optimiser state only)."""
+    """Writes `step-NNNN/pytorch_lora_weights.safetensors` every N steps from 0 on, and `last.ckpt` to go on from.
+
+    The checkpoint holds the LoRA, its optimiser's state and the settings of the run, nothing of the network.
+    """
 
     def __init__(self, network: nn.Module, folder: Path, *, every: int, scale: float) -> None:
         """
@@ -23,10 +26,16 @@ class LoRACheckpoint(L.Callback):
         """
         self.network, self.folder, self.every, self.scale = network, folder, every, scale
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._save_lora(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
         if trainer.global_step % self.every == 0:
-            lora.save(
-                lora.extract(lora.parameters(self.network), scale=self.scale),
-                self.folder / f"step-{trainer.global_step:04d}",
-            )
+            self._save_lora(trainer)
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def _save_lora(self, trainer: L.Trainer) -> None:
+        weights = lora.extract(lora.parameters(self.network), scale=self.scale)
+        lora.save(weights, self.folder / f"step-{trainer.global_step:04d}")

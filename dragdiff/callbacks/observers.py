@@ -15,6 +15,7 @@ from torch import Tensor
 from dragdiff.callbacks.base import DragCallback
 from dragdiff.modules.features import FeatureMap
 from dragdiff.modules.motion import distances
+from dragdiff.output import written
 
 if TYPE_CHECKING:
     from dragdiff.models.drag import LatentDrag
@@ -57,7 +58,8 @@ class Frames(DragCallback):
         self.frames.append((step, picture, module.handles.clone()))
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(self.folder / f"{step:04d}.png")
+            with written(self.folder / f"{step:04d}.png") as file:
+                Image.fromarray(picture).save(file)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # W&B
                 logger.log_image("drag/frame", [picture], caption=[f"step {step}"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dragdiff.errors import UserError
 from dragdiff.modules import lora as lora_module
 from dragdiff.modules.backbone import Backbone
 
@@ -79,6 +81,7 @@ class LoRAFinetune(L.LightningModule):
         lr: float,
         weight_decay: float,
         scheduler: Any,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -86,18 +89,14 @@ class LoRAFinetune(L.LightningModule):
             posterior: latent posterior (mean, std), each (B, C, h, w), of the crops at the given corners.
             embedding: (1, tokens, D) of the prompt.
             draw: the random numbers of a step.
-            scheduler: diffusers scheduler that adds noise and knows the prediction type.
+            scheduler: diffusers scheduler that adds noise and knows the velocity.
+            settings: plain values that a checkpoint is good for; kept in it, see `check_resume`.
         """
         super().__init__()
-        self.strict_loading = False
-        self._frozen = (
-            backbone,
-            posterior,
-            embedding,
-            scheduler,
-        )  # in a tuple: no submodules, no part of checkpoints
-        self.draw, self.lr, self.weight_decay = draw, lr, weight_decay
-        self.lora = torch.nn.ParameterList(lora_module.parameters(backbone.network).values())
+        self._frozen = (backbone, posterior, embedding, scheduler)  # in a tuple: no submodules, no part of checkpoints
+        self.draw, self.lr, self.weight_decay, self.settings = draw, lr, weight_decay, dict(settings or {})
+        named = lora_module.parameters(backbone.network)
+        self.names, self.lora = list(named), torch.nn.ParameterList(named.values())
 
     def training_step(self, _: int) -> Tensor:
         backbone, posterior, embedding, scheduler = self._frozen
@@ -113,3 +112,32 @@ class LoRAFinetune(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.lora, lr=self.lr, weight_decay=self.weight_decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = dict(zip(self.names, checkpoint["state_dict"].values(), strict=True))
+        checkpoint["settings"] = self.settings
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"lora.{i}": checkpoint["state_dict"][name] for i, name in enumerate(self.names)}
+
+
+def check_resume(path: Path, *, settings: Mapping[str, Any], steps: int) -> None:
+    """Whether a run of `steps` steps with these settings can go on from a checkpoint.
+
+    Raises:
+        UserError: missing, not a checkpoint of a LoRA, of a run with other settings (names them), or past `steps`.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved, done = checkpoint["settings"], checkpoint["global_step"]
+    except FileNotFoundError:
+        raise UserError(f"lora.resume is {str(path)!r}: no such file; give a last.ckpt") from None
+    except Exception as error:  # torch raises whatever zip, pickle and the file system do
+        raise UserError(f"lora.resume is {str(path)!r}: it can't be read as a checkpoint of a LoRA") from error
+    other = [
+        f"{key} ({saved.get(key)} then, {value} now)" for key, value in settings.items() if saved.get(key) != value
+    ]
+    if other:
+        raise UserError(f"lora.resume: {path} is from a run with another {', '.join(other)}")
+    if done > steps:
+        raise UserError(f"lora.resume: {path} is at step {done} already, lora.steps is {steps}")

@@ -5,10 +5,13 @@ Everything else in the package talks to `Backbone`, so that another architecture
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError
+from dragdiff.modules import single_file
 
 if TYPE_CHECKING:
     from dragdiff.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED_MODEL = ASSETS / "embedded-sd"
+EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "embedded-sd"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # the same parts; others need more
+NOISE_SCHEDULE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"
+)  # fmt: skip
+HUB_TIMEOUT = 5.0  # s until a hub that does not answer is given up
 
 
 class Backbone(ABC):
@@ -75,49 +84,46 @@ class Backbone(ABC):
 class StableDiffusion(Backbone):
     """Stable Diffusion 1.x / 2.x: any diffusers pipeline with `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
 
-    The pipeline's modules are frozen and put into evaluation mode for the time of an edit only; see `Editor`.
+    An edit leaves the pipeline as it was, so that a pipeline of one's own can be lent to an editor:
+    `Editor(config, backbone=StableDiffusion(pipeline))`.
     """
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, pipeline: Any, *, name: str = "") -> None:
+    def __init__(self, pipeline: Any, *, name: str = "", prediction: str = "auto") -> None:
+        """
+        Args:
+            pipeline: on the device where it shall run; not offloaded, attention projections not fused.
+            name: for logs and error messages.
+            prediction: as `ModelConfig.prediction`.
+
+        Raises:
+            UserError: a model that can't be used; says why.
+        """
         self.pipeline = pipeline
         self.name = name or type(pipeline).__name__
+        for part in PARTS:
+            if getattr(pipeline, part, None) is None:
+                raise UserError(f"{self.name} has no {part}: a Stable Diffusion 1.x or 2.x pipeline is needed")
+        scheduler = pipeline.scheduler.config
+        self.prediction_type = scheduler.get("prediction_type", "epsilon") if prediction == "auto" else prediction
+        check_configs(
+            self.name,
+            unet=pipeline.unet.config,
+            vae=pipeline.vae.config,
+            scheduler={**scheduler, "prediction_type": self.prediction_type},
+        )
+        if any(getattr(module, "fused_projections", False) for module in pipeline.unet.modules()):
+            raise UserError(f"{self.name} has fused attention projections: call unet.unfuse_qkv_projections() first")
+        if hasattr(pipeline.unet, "_hf_hook"):
+            raise UserError(f"{self.name} is offloaded: call remove_all_hooks() and to(device) on the pipeline first")
         self.network: Any = pipeline.unet
         self.modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
         self.device = pipeline.unet.device
-        self.prediction_type = str(pipeline.scheduler.config.get("prediction_type", "epsilon"))
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"{self.name} predicts {self.prediction_type!r}: only epsilon and v_prediction models can be "
-                "inverted by DDIM"
-            )
-        if "beta_schedule" not in pipeline.scheduler.config:
-            raise UserError(
-                f"{self.name} has a {type(pipeline.scheduler).__name__}: only models with a DDPM noise schedule can be "
-                "inverted"
-            )
         self.latent_stride = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.latent_channels = pipeline.unet.config.in_channels
-        self.feature_strides = self._feature_strides()
-        self.self_attention_layers = [
-            name
-            for block in self.feature_strides
-            for name, module in self.network.get_submodule(block).named_modules(prefix=block)
-            if name.endswith("attn1") and hasattr(module, "processor")
-        ]
-
-    def _feature_strides(self) -> dict[str, int]:
-        stride = 1
-        strides = {}
-        for index, block in enumerate(self.network.down_blocks):
-            stride *= 2 if block.downsamplers else 1
-            strides[f"down_blocks.{index}"] = stride
-        strides["mid_block"] = stride
-        for index, block in enumerate(self.network.up_blocks):
-            stride //= 2 if block.upsamplers else 1
-            strides[f"up_blocks.{index}"] = stride
-        return strides
+        self.feature_strides = feature_strides(self.network)
+        self.self_attention_layers = self_attention_layers(self.network)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.pipeline.vae
@@ -152,21 +158,72 @@ class StableDiffusion(Backbone):
         ).sample.float()
 
     def feature_block(self, name: str) -> nn.Module:
-        if name not in self.feature_strides:
-            raise UserError(f"drag.features names {name!r}: the model has {', '.join(self.feature_strides)}")
-        return self.network.get_submodule(name)
+        return feature_block(self.network, name)
 
     def scheduler(self, steps: int, kind: str = "ddim") -> Any:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+        # the rest of the model's scheduler configuration is about a solver that is not used here
         config = self.pipeline.scheduler.config
+        schedule = {key: config[key] for key in NOISE_SCHEDULE if key in config}
+        schedule["prediction_type"] = self.prediction_type
+        scheduler: Any
         if kind == "ddim":
-            # a converted PNDM config would clip the predicted clean latent unless told not to
-            scheduler = DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
+            offset = config.get("steps_offset", 1)
+            scheduler = DDIMScheduler(**schedule, steps_offset=offset, clip_sample=False, set_alpha_to_one=False)
         else:
-            scheduler = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=kind == "dpm++2m-karras")
+            scheduler = DPMSolverMultistepScheduler(**schedule, use_karras_sigmas=kind == "dpm++2m-karras")
         scheduler.set_timesteps(steps)
+        if int(scheduler.timesteps[0]) >= len(scheduler.alphas_cumprod):
+            raise UserError(f"ddim.steps is {steps}: the model's schedule has no room for more than {steps - 1}")
         return scheduler
+
+
+def feature_strides(unet: Any) -> dict[str, int]:
+    """Latent px per feature px of a UNet's blocks, in execution order."""
+    stride = 1
+    strides = {}
+    for index, block in enumerate(unet.down_blocks):
+        stride *= 2 if block.downsamplers else 1
+        strides[f"down_blocks.{index}"] = stride
+    strides["mid_block"] = stride
+    for index, block in enumerate(unet.up_blocks):
+        stride //= 2 if block.upsamplers else 1
+        strides[f"up_blocks.{index}"] = stride
+    return strides
+
+
+@contextmanager
+def freeu(unet: Any, *, b1: float, b2: float, s1: float, s2: float) -> Iterator[None]:
+    """FreeU (Si et al. 2023, arXiv 2309.11497) on a UNet; the state before is put back on leaving."""
+    keys = ("b1", "b2", "s1", "s2")
+    before = [{key: vars(block)[key] for key in keys if key in vars(block)} for block in unet.up_blocks]
+    unet.enable_freeu(b1=b1, b2=b2, s1=s1, s2=s2)
+    try:
+        yield
+    finally:
+        for block, values in zip(unet.up_blocks, before, strict=True):
+            for key in keys:
+                vars(block).pop(key, None)
+            vars(block).update(values)
+
+
+def feature_block(unet: Any, name: str) -> nn.Module:
+    """As `Backbone.feature_block`, of a bare UNet."""
+    known = feature_strides(unet)
+    if name not in known:
+        raise UserError(f"drag.features names {name!r}: the model has {', '.join(known)}")
+    return unet.get_submodule(name)
+
+
+def self_attention_layers(unet: Any) -> list[str]:
+    """Names of a UNet's self-attention modules, in execution order."""
+    return [
+        name
+        for block in feature_strides(unet)
+        for name, module in unet.get_submodule(block).named_modules(prefix=block)
+        if name.endswith("attn1") and hasattr(module, "processor")
+    ]
 
 
 # ------------------------------------------------------------------------------------------- loading
@@ -220,22 +277,111 @@ def check_model(config: ModelConfig) -> None:
     """
     device = resolve_device(config.device)
     resolve_autocast(config.autocast, device=device, dtype=config.dtype)
-    if config.path == "embedded":
-        if not EMBEDDED_MODEL.is_dir():
-            raise UserError(f"the embedded model is not in {EMBEDDED_MODEL}: reinstall dragdiff")
-        return
-    for key, path in (("model.path", config.path), ("model.vae", config.vae)):
-        if path and _looks_local(path) and not Path(path).expanduser().exists():
+    if config.path == "embedded" and not EMBEDDED_MODEL.is_dir():
+        raise UserError(f"the embedded model is not in {EMBEDDED_MODEL}: reinstall dragdiff")
+    for key, path in (("model.path", _local(config.path)), ("model.vae", _local(config.vae))):
+        if path and not path.exists():
             raise UserError(
-                f"{key} is {path!r}: no such file or folder; give a diffusers folder, a .safetensors file or a hub id"
+                f"{key} is {str(path)!r}: no such file or folder; give a diffusers folder, a .safetensors file or a "
+                "hub id"
             )
-        if Path(path).is_file() and Path(path).suffix != ".safetensors":
-            raise UserError(f"{key} is {path!r}: only .safetensors files are read, never pickled ones")
-    folder = Path(config.path).expanduser()
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if path and path.is_file() and path.suffix != ".safetensors":
+            raise UserError(f"{key} is {str(path)!r}: only .safetensors files are read, never pickled ones")
+    vae = _local(config.vae)
+    if vae and vae.is_dir():
+        _check_weights(vae)
+    path = _local(config.path)
+    if path and path.is_file():
+        if single_file.family(path) == "sd2" and config.prediction == "auto":
+            raise UserError(
+                f"{path} does not say what it predicts: set model.prediction=v_prediction (SD 2.x for 768 px) or "
+                "epsilon (SD 2.x base)"
+            )
+    else:
+        _check_folder(_config_folder(config), config, weights=path is not None)
+
+
+def _config_folder(config: ModelConfig) -> Path:
+    """Where the configurations of the model's components are, in diffusers' layout."""
+    path = _local(config.path)
+    if path is None:
+        return _hub_folder(config.path, config.revision)
+    return single_file.SHIPPED / single_file.family(path) if path.is_file() else path
+
+
+def _check_folder(folder: Path, config: ModelConfig, *, weights: bool) -> None:
+    """What the configurations of a diffusers pipeline tell; with `weights`, also whether those are there."""
+    if not (folder / "model_index.json").is_file():
         raise UserError(
             f"model.path is {config.path!r}: the folder has no model_index.json, so it is no diffusers pipeline"
         )
+    index = _read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise UserError(f"{config.path} is a {kind}: only Stable Diffusion 1.x and 2.x are supported so far")
+    for part in PARTS:
+        if not (index.get(part) or [None])[0] or not (folder / part).is_dir():
+            raise UserError(f"{config.path} has no {part}: it is incomplete")
+        if weights and part in ("unet", "text_encoder", "vae") and not (part == "vae" and config.vae):
+            _check_weights(folder / part)
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    if config.prediction != "auto":
+        scheduler["prediction_type"] = config.prediction
+    vae = {} if config.vae else _read_json(folder / "vae" / "config.json")
+    check_configs(config.path, unet=_read_json(folder / "unet" / "config.json"), vae=vae, scheduler=scheduler)
+
+
+def check_configs(name: str, *, unet: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+    """Whether components with these diffusers configurations can be used together.
+
+    Raises:
+        UserError: not; says why.
+    """
+    channels = unet.get("in_channels", 4)
+    if unet.get("addition_embed_type") or unet.get("class_embed_type") or unet.get("encoder_hid_dim_type"):
+        raise UserError(f"{name} wants more than a prompt (SDXL, unCLIP, IP-Adapter?): it is not supported yet")
+    if channels != unet.get("out_channels", 4):
+        raise UserError(
+            f"{name} takes {channels} latent channels and gives {unet.get('out_channels', 4)}: inpainting, depth and "
+            "the like are not supported, only plain text-to-image models"
+        )
+    if vae.get("latent_channels", channels) != channels:
+        raise UserError(f"{name} works on {channels} latent channels, its autoencoder has {vae['latent_channels']}")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction") or "beta_schedule" not in scheduler:
+        kind = scheduler.get("_class_name", "its scheduler")
+        raise UserError(
+            f"{name} predicts {prediction!r} with {kind}: only epsilon and v_prediction models with a DDPM noise "
+            "schedule can be inverted"
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is no model in diffusers' format")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has no .safetensors file; pickled weights (.bin, .ckpt) are never read: convert them, "
+            "e.g. by save_pretrained of a pipeline that was loaded from them"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {file}: it must hold a JSON object")
+    return value
+
+
+def _local(path: str) -> Path | None:
+    """The file or folder that a model's path means; None for a hub id or nothing."""
+    if path == "embedded":
+        return EMBEDDED_MODEL
+    local = Path(path).expanduser()
+    return local if path and (local.exists() or _looks_local(path)) else None
 
 
 def _looks_local(path: str) -> bool:
@@ -244,13 +390,78 @@ def _looks_local(path: str) -> bool:
     )
 
 
+def _hub_folder(name: str, revision: str) -> Path:
+    """Where the hub's cache holds a model; its configurations are fetched if they are not there.
+
+    What is there is taken without asking the hub. A hub that does not answer is given up after seconds, not minutes.
+
+    Raises:
+        UserError: no such model or revision, or neither cache nor hub have it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except LocalEntryNotFoundError:
+        _ask_hub(name, revision)
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json"]))
+    except HFValidationError:
+        raise UserError(f"no model {name!r}: it is no file, folder or hub id") from None
+
+
+def _ask_hub(name: str, revision: str) -> None:
+    """Whether the hub answers and has the model.
+
+    Raises:
+        UserError: it does not.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT)
+    except GatedRepoError:
+        raise UserError(f"accept the licence of {name} on its page on the hub, then run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"no model {name!r}: there is no such file or folder, and the hub has none of that name (a private one "
+            "needs `hf auth login`)"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name} has no revision {revision!r} on the hub") from None
+    except Exception as error:  # no network: whatever the hub's library and its HTTP client raise
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"no model {name!r}: there is no such file or folder, the hub's cache {constants.HF_HUB_CACHE} lacks it or "
+            f"a part of it, and the hub does not answer ({reason}); fetch it once with network, `hf download {name}`"
+        ) from error
+
+
+def skeleton(config: ModelConfig) -> Any:
+    """The model's UNet without weights, to look at its structure before anything is loaded.
+
+    Raises:
+        UserError: as `check_model`.
+    """
+    from diffusers import UNet2DConditionModel
+
+    check_model(config)
+    file = _config_folder(config) / "unet" / "config.json"
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(_read_json(file))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} describes no UNet that can be built: {' '.join(str(error).split())[:200]}") from error
+
+
 def _quiet() -> None:
-    """The libraries' own bars and notes on loading (optional image processors, parts left out) are not for our users."""
+    """The libraries' own bars and notes on loading (image processors, parts left out) are not for our users."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
+        library.set_verbosity(logging.CRITICAL)  # what they log as an error they raise as well
         library.disable_progress_bar()
 
 
@@ -265,39 +476,41 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
 
     check_model(config)
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    path = EMBEDDED_MODEL if config.path == "embedded" else Path(config.path).expanduser()
-    common: dict[str, Any] = {"dtype": dtype}
-    plain: dict[str, Any] = {
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
-    hub: dict[str, Any] = {"use_safetensors": True}
+    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     _quiet()
     try:
         if config.vae:
-            local = Path(config.vae).expanduser().exists()
-            if Path(config.vae).is_file():
-                plain["vae"] = AutoencoderKL.from_single_file(config.vae, **common)
-            else:
-                plain["vae"] = AutoencoderKL.from_pretrained(config.vae, local_files_only=local, **common, **hub)
-        if path.is_file():
-            pipeline = StableDiffusionPipeline.from_single_file(str(path), **common, **plain)
-        elif path.is_dir():
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(path), local_files_only=True, **common, **plain, **hub
-            )
-        else:
-            revision = config.revision or None
-            pipeline = StableDiffusionPipeline.from_pretrained(config.path, revision=revision, **common, **plain, **hub)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+            parts["vae"] = _load(AutoencoderKL, single_file.load_vae, config.vae, "", dtype=dtype)
+        pipeline = _load(
+            StableDiffusionPipeline, single_file.load_pipeline, config.path, config.revision, dtype=dtype, **parts
+        )
+    except UserError:
+        raise
+    except Exception as error:  # damaged or foreign files make the libraries raise nearly anything
+        reason = " ".join(str(error).split(" (")[0].split())[:200].rstrip(".")
         raise UserError(
             f"cannot load the model {config.path!r}"
-            + (f" with the VAE {config.vae!r}" if config.vae else "")
-            + f": {reason} -- give a local diffusers folder or .safetensors file, or fetch it once with "
-            f"`huggingface-cli download {config.path}`"
+            + (f" with the autoencoder {config.vae!r}" if config.vae else "")
+            + f": {reason}; give a Stable Diffusion 1.x or 2.x with .safetensors weights"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    return StableDiffusion(pipeline, name=config.path)
+    return StableDiffusion(pipeline, name=config.path, prediction=config.prediction)
+
+
+def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **settings: Any) -> Any:
+    """A pipeline or model from a file, a folder, the hub's cache or, where that lacks it, the hub."""
+    path = _local(name)
+    if path and path.is_file():
+        return from_file(path, **settings)
+    settings["use_safetensors"] = True  # None would fall back to pickled weights
+    folder = path or _hub_folder(name, revision)
+    weights = folder if (folder / "config.json").is_file() else folder / "unet"
+    halves = all(".fp16." in file.name for file in weights.glob("*.safetensors"))
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, variant="fp16" if halves else None, **settings)
+    except Exception:  # incomplete in the cache; the libraries say so in many ways
+        if path:
+            raise
+        _ask_hub(name, revision)
+        return kind.from_pretrained(name, revision=revision or None, **settings)

@@ -1,0 +1,284 @@
+"""The editor as a guest: what it is lent comes back as it was, and a generated picture can be taken up again."""
+
+import csv
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from lightning.pytorch.loggers import CSVLogger
+
+from dragdiff import Editor, EditSample
+from dragdiff.config import load_config
+from dragdiff.errors import UserError
+from dragdiff.modules import lora
+from dragdiff.modules.backbone import StableDiffusion
+
+QUICK = [
+    "cache.enabled=false",
+    "model.device=cpu",
+    "ddim.steps=4",
+    "ddim.strength=0.5",
+    "drag.steps=2",
+    "lora.steps=2",
+    "lora.batch_size=1",
+    "lora.rank=2",
+    "lora.resolution=64",
+    "output.frames_every=1",
+    "generate.height=64",
+    "generate.width=64",
+]
+GENERATED = ["generate.enabled=true", "generate.freeu=true", "generate.freeu_b1=1.4", "generate.freeu_s1=0.6"]
+MASK = np.zeros((64, 64), np.uint8)
+MASK[8:56, 8:40] = 255
+SAMPLE = EditSample(
+    np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8),
+    "a cat",
+    [[[10, 10], [30, 30]], [[20, 40], [20, 44]]],
+    MASK,
+    "noise",
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_sd) -> Any:
+    """Somebody's pipeline, not in its plainest state."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, use_safetensors=True, safety_checker=None)
+    pipeline.unet.train()
+    pipeline.unet.mid_block.eval()
+    pipeline.unet.conv_in.weight.requires_grad_(False)
+    pipeline.vae.requires_grad_(False)
+    pipeline.unet.enable_freeu(s1=0.9, s2=0.9, b1=1.05, b2=1.05)
+    pipeline.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn1.set_processor(AttnProcessor())
+    pipeline.unet.conv_out.register_forward_hook(lambda *_: None)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def adapter(pipeline, tmp_path_factory) -> str:
+    """A LoRA that does something, as `lora.path`."""
+    with lora.injected(pipeline.unet, StableDiffusion.lora_targets, rank=2, alpha=2, seed=0):
+        weights = lora.parameters(pipeline.unet)
+        for name, weight in weights.items():
+            if "lora_B" in name:
+                weight.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        trained = lora.extract(weights, scale=1.0)
+    return f"lora.path={lora.save(trained, tmp_path_factory.mktemp('lora')).parent}"
+
+
+class State:
+    """Everything of a pipeline that an edit could leave changed."""
+
+    def __init__(self, pipeline: Any) -> None:
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        modules = [(f"{part}.{name}", m) for part, root in parts.items() for name, m in root.named_modules()]
+        weights = [(f"{part}.{name}", p) for part, root in parts.items() for name, p in root.named_parameters()]
+        self.components = {name: id(part) for name, part in pipeline.components.items()}
+        self.modules = [(name, id(m), type(m), m.training) for name, m in modules]
+        self.attributes = [
+            {key: self.look(value) for key, value in vars(m).items() if key != "training"} for _, m in modules
+        ]
+        self.weights = [(name, id(p), p.data_ptr(), p.requires_grad, p.dtype, p.grad) for name, p in weights]
+        self.values = [p.detach().clone() for _, p in weights]
+        self.scheduler = {key: self.look(value) for key, value in vars(pipeline.scheduler).items()}
+        self.pipeline = {key: self.look(value) for key, value in vars(pipeline).items()}
+
+    @staticmethod
+    def look(value: Any) -> Any:
+        if isinstance(value, (str, int, float, bool, type(None))):
+            return value
+        if isinstance(value, dict):  # hooks, submodules, parameters
+            return {key: id(entry) for key, entry in value.items()}
+        if isinstance(value, torch.Tensor):
+            return value.tolist()
+        return id(value)  # processors, activations
+
+    def assert_same(self, other: "State") -> None:
+        for key, value in vars(self).items():
+            if key != "values":
+                assert vars(other)[key] == value, key
+        assert all(torch.equal(a, b) for a, b in zip(self.values, other.values, strict=True))
+
+
+def edit(pipeline: Any, *overrides: str, **kwargs: Any) -> Any:
+    backbone = StableDiffusion(pipeline)
+    return Editor(load_config(overrides=[*QUICK, *overrides]), backbone, **kwargs).edit(SAMPLE)
+
+
+def test_the_state_would_show_a_change(pipeline):
+    """So that the tests below can fail."""
+    before = State(pipeline)
+    before.assert_same(State(pipeline))
+    unet = pipeline.unet
+    attention = unet.up_blocks[2].attentions[0].transformer_blocks[0].attn1
+    processor, weight = attention.processor, unet.conv_out.weight
+
+    def freeu(value: float) -> None:
+        unet.up_blocks[0].b1 = value
+
+    changes: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+        (lambda: attention.set_processor(AttnProcessor()), lambda: attention.set_processor(processor)),
+        (lambda: weight.requires_grad_(False), lambda: weight.requires_grad_(True)),
+        (lambda: freeu(2.0), lambda: freeu(1.05)),
+        (lambda: unet.conv_in.eval(), lambda: unet.conv_in.train()),
+        (lambda: weight.data.add_(1), lambda: weight.data.sub_(1)),
+        (lambda: setattr(unet, "peft_config", {}), lambda: delattr(unet, "peft_config")),
+        (lambda: setattr(pipeline.scheduler, "num_inference_steps", 7), lambda: None),
+    ]
+    for change, undo in changes:
+        change()
+        with pytest.raises(AssertionError):
+            before.assert_same(State(pipeline))
+        undo()
+    pipeline.scheduler.num_inference_steps = None
+    weight.data.copy_(before.values[[name for name, *_ in before.weights].index("unet.conv_out.weight")])
+    before.assert_same(State(pipeline))
+
+
+@pytest.mark.parametrize("overrides", [[], GENERATED, [*GENERATED, "generate.scheduler=dpm++2m"]])
+def test_an_edit_leaves_the_pipeline_and_the_random_state_as_they_were(pipeline, adapter, overrides):
+    before = State(pipeline)
+    torch.manual_seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    result = edit(pipeline, *overrides, *([adapter] if overrides else []))
+    assert result.image.shape == (64, 64, 3) and result.steps == 2
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    before.assert_same(State(pipeline))
+
+
+@pytest.mark.parametrize(
+    "overrides, stage, error",
+    [
+        ([], "LoRA", ZeroDivisionError),
+        ([], "LoRA", KeyboardInterrupt),
+        ([], "inversion", ZeroDivisionError),
+        ([], "drag", ZeroDivisionError),
+        ([], "drag", KeyboardInterrupt),
+        ([], "denoise", ZeroDivisionError),
+        (GENERATED, "generate", ZeroDivisionError),
+        (GENERATED, "drag", ZeroDivisionError),
+        (GENERATED, "denoise", KeyboardInterrupt),
+    ],
+)
+def test_an_edit_that_fails_leaves_the_pipeline_as_it_was(pipeline, adapter, overrides, stage, error):
+    def report(name: str, done: int, total: int, note: str) -> None:
+        if name == stage and done == 1:
+            raise error
+
+    before = State(pipeline)
+    with pytest.raises(error):
+        edit(pipeline, *overrides, *([adapter] if overrides else []), report=report)
+    before.assert_same(State(pipeline))
+
+
+def test_a_lora_of_another_model_is_refused_and_the_pipeline_left_alone(pipeline, tmp_path):
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    other = lora.LoRA({path: torch.ones(2, 7)}, {path: torch.ones(7, 2)}, {path: 1.0})
+    lora.save(other, tmp_path)
+    before = State(pipeline)
+    with pytest.raises(UserError, match="another model"):
+        edit(pipeline, f"lora.path={tmp_path}")
+    before.assert_same(State(pipeline))
+
+
+# ------------------------------------------------------------------------------------------- generated pictures
+
+
+@pytest.mark.parametrize("guidance", [1, 5])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++2m", "dpm++2m-karras"])
+def test_without_a_drag_a_generated_picture_comes_out_as_it_was(backbone, scheduler, guidance):
+    overrides = [*GENERATED, f"generate.scheduler={scheduler}", f"generate.guidance={guidance}", "drag.steps=0"]
+    editor = Editor(load_config(overrides=[*QUICK, *overrides, "ddim.steps=6"]), backbone)
+    picture, path = editor.generate(SAMPLE.prompt)
+    assert len(path) == 7 and picture.std() > 20
+    result = editor.edit(SAMPLE)
+    assert np.array_equal(result.sample.image, picture)
+    difference = np.abs(result.image.astype(int) - picture.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.002  # batches of two round differently
+
+
+def test_that_takes_the_solvers_memory(backbone, monkeypatch):
+    """A multistep solver restarted in the middle would give another picture."""
+    overrides = ["generate.enabled=true", "generate.scheduler=dpm++2m", "drag.steps=0", "ddim.steps=6"]
+    editor = Editor(load_config(overrides=[*QUICK, *overrides]), backbone)
+    generate = editor._generate
+    monkeypatch.setattr(editor, "_generate", lambda prompt: (*generate(prompt)[:2], editor._scheduler()))
+    picture, _ = editor.generate(SAMPLE.prompt)
+    assert np.abs(editor.edit(SAMPLE).image.astype(int) - picture.astype(int)).max() > 1
+
+
+def test_freeu_reaches_every_stage(backbone, monkeypatch):
+    """Also those after the generation."""
+    seen: list[tuple[str, Any]] = []
+    stage = ""
+
+    def report(name: str, done: int, total: int, note: str) -> None:
+        nonlocal stage
+        stage = name
+
+    block = backbone.network.up_blocks[0]
+    hook = block.register_forward_pre_hook(lambda *_: seen.append((stage, getattr(block, "b1", None))))
+    Editor(load_config(overrides=[*QUICK, *GENERATED]), backbone, report=report).edit(SAMPLE)
+    hook.remove()
+    assert {name for name, _ in seen} == {"generate", "drag", "denoise"}
+    assert {factor for _, factor in seen} == {1.4}
+
+
+# ------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("overrides", [["model.dtype=bf16"], ["model.autocast=bf16"]])
+def test_bf16(tiny_sd, overrides):
+    config = load_config(overrides=[*QUICK, f"model.path={tiny_sd}", *overrides])
+    result = Editor(config).edit(SAMPLE)
+    assert result.steps == 2 and result.stop_reason == "steps"
+    assert result.image.std() > 5 and np.isfinite(result.trajectory).all()
+
+
+# ------------------------------------------------------------------------------------------- logs and cache
+
+
+def test_one_logger_gets_the_losses_of_both_optimisations(backbone, tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="log")
+    Editor(load_config(overrides=[*QUICK, "lora.steps=3"]), backbone).edit(SAMPLE, logger=logger)
+    logger.finalize("success")
+    with open(tmp_path / "log" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for key, steps in (("lora/loss", 3), ("drag/loss", 2)):
+        assert [row["step"] for row in rows if row[key]] == [str(step) for step in range(steps)]
+
+
+def test_a_cached_lora_is_used_for_exactly_what_it_was_trained_for(backbone, tmp_path):
+    trained = []
+
+    def report(name: str, done: int, total: int, note: str) -> None:
+        if done == 1 and note != "from the cache":
+            trained.append(name)
+
+    def finetune(sample: EditSample, *overrides: str) -> bool:
+        """Whether it was trained anew."""
+        settings = [*QUICK, "lora.steps=1", "cache.enabled=true", f"cache.folder={tmp_path}", *overrides]
+        before = len(trained)
+        assert Editor(load_config(overrides=settings), backbone, report=report).finetune(sample) is not None
+        return len(trained) > before
+
+    assert finetune(SAMPLE) and not finetune(SAMPLE)
+    assert not finetune(SAMPLE, "drag.lr=0.5", "ddim.strength=0.9")
+    for change in ("lora.rank=3", "lora.alpha=1", "lora.lr=0.001", "lora.batch_size=2", "seed=7", "lora.crop=pixel"):
+        assert finetune(SAMPLE, change)
+    assert finetune(EditSample(255 - SAMPLE.image, "a cat", [[[10, 10], [30, 30]]], None, "x"))
+    assert finetune(EditSample(SAMPLE.image, "a dog", [[[10, 10], [30, 30]]], None, "x"))
+    assert not finetune(EditSample(SAMPLE.image, "a cat", [[[1, 1], [3, 3]]], None, "x"))
+    weight = backbone.network.conv_out.weight
+    before = weight.detach().clone()
+    weight.data[0, 0, 0, 0] += 1
+    try:
+        assert finetune(SAMPLE)
+    finally:
+        weight.data.copy_(before)
