@@ -9,7 +9,8 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,64 +22,55 @@ if TYPE_CHECKING:
     from dragdiff.data.sample import EditSample
     from dragdiff.editor import Editor
 
-USAGE = "%(prog)s [CONFIG.yaml ...] [key=value ...]"
 DEFAULT_EXAMPLE = "example:sun"
-EDIT_HELP = f"""Drag one image, or a folder of samples.
+ANCHOR = [[[0, 0], [0, 0]]]  # a pair that moves nothing, where only the picture counts
 
-  {{prog}}                                        an embedded example with the embedded model
-  {{prog}} configs/sd15.yaml image=cat.jpg prompt="a cat" "points=[[[120,200],[180,200]]]" mask=mask.png
+EDIT_HELP = f"""Drag one image, or each sample of a folder; results go to outputs/NAME/.
+
+  {{prog}}                                  an embedded example with the embedded model
+  {{prog}} configs/sd15.yaml image=cat.jpg prompt="a cat" points="[[[120,200],[180,200]]]" mask=mask.png
   {{prog}} configs/sd15.yaml sample=DragBench/animals
-  {{prog}} outputs/cat/config.yaml                repeat a run
+  {{prog}} configs/sd15.yaml generate.enabled=true prompt="a cat"
+  {{prog}} outputs/cat/config.yaml          repeats a run
 
 Files are merged in order, then key=value settings. Without a file, configs/{DEFAULT_OVERLAY}.yaml is used."""
-TRAIN_HELP = """Fine-tune a LoRA on one image; writes <output.folder>/<name>/pytorch_lora_weights.safetensors.
+TRAIN_HELP = """Fine-tune a LoRA on one image, or on each sample of a folder; results go to outputs/NAME-lora/.
 
   {prog} configs/sd15.yaml image=cat.jpg prompt="a cat"
   {prog} configs/sd15.yaml image=cat.jpg prompt="a cat" lora.save_every=20
-  {prog} configs/sd15.yaml image=cat.jpg prompt="a cat" lora.resume=outputs/cat/last.ckpt
+  {prog} configs/sd15.yaml image=cat.jpg prompt="a cat" lora.resume=outputs/cat-lora/last.ckpt
 
 Files are merged in order, then key=value settings."""
-
-
-def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Exit code of a command: 2 with one line for a user's mistake, 130 after Ctrl-C."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-    try:
-        return command(arguments)
-    except UserError as error:
-        print(f"dragdiff: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dragdiff: interrupted; what was finished is kept", file=sys.stderr)
-        return 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    verbs = {"edit": main_edit, "train": main_train, "convert": main_convert}
+    verbs = {
+        "edit": (main_edit, "drag one image, or a folder of samples"),
+        "train": (main_train, "fine-tune a LoRA on one image"),
+        "convert": (main_convert, "copy samples of the published data sets into the plain folder format"),
+    }
     if argv and argv[0] in verbs:
-        return verbs[argv[0]](argv[1:], prog=f"dragdiff {argv[0]}")
+        return verbs[argv[0]][0](argv[1:], prog=f"dragdiff {argv[0]}")
     parser = argparse.ArgumentParser(
         prog="dragdiff",
-        description="Point-based (drag) image editing with diffusion models. `dragdiff VERB --help` says more.",
+        description="Point-based (drag) image editing with diffusion models.",
+        epilog="`dragdiff VERB --help` says more.",
     )
-    parser.add_argument(
-        "verb",
-        choices=sorted(verbs),
-        help="edit: drag images; train: fine-tune a LoRA; convert: read data sets",
-    )
+    subparsers = parser.add_subparsers(metavar="VERB", required=True)
+    for name, (_, text) in verbs.items():
+        subparsers.add_parser(name, help=text)
     parser.parse_args(argv)
     return 2
 
 
-def main_edit(argv: Sequence[str] | None = None, *, prog: str = "edit.py") -> int:
-    return run(edit, _config_parser(prog, EDIT_HELP).parse_args(argv))
+def main_edit(argv: Sequence[str] | None = None, *, prog: str = "python edit.py") -> int:
+    return run(edit, _config_parser(prog, EDIT_HELP), argv)
 
 
-def main_train(argv: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
-    return run(train, _config_parser(prog, TRAIN_HELP).parse_args(argv))
+def main_train(argv: Sequence[str] | None = None, *, prog: str = "python train.py") -> int:
+    return run(train, _config_parser(prog, TRAIN_HELP), argv)
 
 
 def main_convert(argv: Sequence[str] | None = None, *, prog: str = "dragdiff convert") -> int:
@@ -88,19 +80,198 @@ def main_convert(argv: Sequence[str] | None = None, *, prog: str = "dragdiff con
     )
     parser.add_argument("source", type=Path, help="a sample folder, or a folder of many")
     parser.add_argument("destination", type=Path, help="a new folder")
-    return run(convert, parser.parse_args(argv))
+    return run(convert, parser, argv)
 
 
 def _config_parser(prog: str, text: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=USAGE,
+        usage="%(prog)s [CONFIG.yaml ...] [key=value ...]",
         description=text.replace("{prog}", prog),
         epilog="all keys, with their defaults:\n\n" + describe().replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help="see above and below")
     return parser
+
+
+def run(
+    command: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> int:
+    """Exit code of a command: 2 with one line for a user's mistake, 130 after Ctrl-C."""
+    arguments, unknown = parser.parse_known_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="dragdiff")  # other libraries' notes are not for our users
+        warnings.showwarning = _note
+        try:
+            if unknown:
+                raise UserError(f"unknown option {unknown[0]}: settings are written key=value (--help lists them)")
+            return command(arguments)
+        except UserError as error:
+            print(f"dragdiff: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as interrupt:
+            print(f"dragdiff: interrupted {interrupt}".rstrip(), file=sys.stderr)
+            return 130
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"note: {message}", file=sys.stderr)  # a bar that is shown stays whole
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+def edit(arguments: argparse.Namespace) -> int:
+    """Drag what the settings name."""
+    config = _config(arguments)
+    if config.generate.enabled and not config.points:
+        return _each_sample(config, _generate_one, need_points=False)
+    return _each_sample(config, _edit_one)
+
+
+def _edit_one(editor: Editor, sample: EditSample, folder: Path) -> str:
+    from dragdiff import output
+    from dragdiff.loggers import log_result, open_logger
+
+    with open_logger(editor.config, name=folder.name, folder=folder) as logger:
+        result = editor.edit(sample, folder=folder, logger=logger)
+        files = output.save(result, folder)
+        log_result(logger, output.comparison(result), output.metrics(result))
+    reasons = {"reached": "all handles arrived", "steps": "all steps done"}
+    lines = [
+        f"wrote {folder}/: " + ", ".join(path.name for path in [*files, folder / "config.yaml"]),
+        f"drag: {result.steps} steps, {reasons.get(result.stop_reason, result.stop_reason)}",
+    ]
+    for number, (before, after) in enumerate(zip(result.distance_before, result.distance_after, strict=True), 1):
+        lines.append(f"point {number}: {before:.1f} px from its target before, {after:.1f} px after (as tracked)")
+    return "\n".join(lines)
+
+
+def _generate_one(editor: Editor, sample: EditSample, folder: Path) -> str:
+    from PIL import Image
+
+    from dragdiff import output
+
+    picture, _ = editor.generate(sample.prompt)
+    path = folder / "generated.png"
+    with output.written(path) as file:
+        Image.fromarray(picture).save(file)
+    return f"wrote {path}; to drag it, add points=[[[x,y],[x,y]],...] to the same command"
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Fine-tune and write a LoRA."""
+    config = _config(arguments)
+    if config.generate.enabled:
+        raise UserError("generate.enabled is true: a generated picture needs no LoRA, give image=FILE or sample=FOLDER")
+    if config.lora.path:
+        raise UserError(f"lora.path is {config.lora.path!r}: leave it empty to train a new LoRA")
+    if config.lora.steps == 0:
+        raise UserError("lora.steps is 0, so there is nothing to train: set e.g. lora.steps=80")
+    return _each_sample(config, _train_one, suffix="-lora", need_points=False)
+
+
+def _train_one(editor: Editor, sample: EditSample, folder: Path) -> str:
+    from dragdiff.loggers import open_logger
+    from dragdiff.modules import lora
+
+    with open_logger(editor.config, name=folder.name, folder=folder) as logger:
+        trained = editor.finetune(sample, folder=folder, logger=logger)
+    assert trained is not None
+    return f"wrote {lora.save(trained, folder)}; use it with lora.path={folder}"
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Copy samples into the plain format."""
+    from dragdiff.data import readers
+
+    converted, failures = readers.convert(arguments.source, arguments.destination)
+    print(f"converted {len(converted)} samples into {arguments.destination}")
+    return _report_failures([(str(path), reason) for path, reason in failures], len(converted) + len(failures))
+
+
+def _each_sample(
+    config: Config,
+    work: Callable[[Editor, EditSample, Path], str],
+    *,
+    suffix: str = "",
+    need_points: bool = True,
+) -> int:
+    """Do the work for each sample in a folder of its own and print what it says.
+
+    Whatever can be known to be wrong is said before a model is loaded. One failed sample of many is passed over.
+    """
+    from dragdiff import output
+    from dragdiff.loggers import check_login
+    from dragdiff.progress import Bars
+
+    jobs, failures = _read(config, suffix=suffix, need_points=need_points)
+    total = len(jobs) + len(failures)
+    output.check_writable(jobs[0][0])
+    check_login(config.logger)
+
+    from dragdiff.modules.backbone import check_model
+
+    check_model(config.model)
+
+    from dragdiff.editor import Editor
+
+    with closing(Bars()) as bars:
+        editor = Editor(config, report=bars)
+        for number, (job, sample) in enumerate(jobs):
+            editor.config = job
+            folder = output.new_folder(job)
+            try:
+                with _enough_memory():
+                    summary = work(editor, sample, folder)
+                bars.close()
+                print(summary)
+            except UserError as error:
+                if total == 1:
+                    raise
+                bars.close()
+                failures.append(_failed(sample.name, error))
+            except KeyboardInterrupt:
+                kept = ", ".join(sorted(path.name for path in folder.iterdir()))
+                done = f"; {number} of {total} samples are finished" if total > 1 else ""
+                raise KeyboardInterrupt(f"{bars}; {folder}/ keeps {kept}{done}") from None
+    return _report_failures(failures, total)
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device's memory is too small for this picture: set a smaller data.max_size, model.dtype=fp16 or "
+            "a smaller lora.batch_size"
+        ) from error
+
+
+def _failed(name: str, error: UserError) -> tuple[str, str]:
+    print(f"dragdiff: passing over {name}: {error}", file=sys.stderr)
+    return name, str(error)
+
+
+def _report_failures(failures: list[tuple[str, str]], total: int) -> int:
+    if not failures:
+        return 0
+    print(f"dragdiff: {len(failures)} of {total} samples failed:", file=sys.stderr)
+    for name, reason in failures:
+        print(f"  {name}: {reason}", file=sys.stderr)
+    return 2
+
+
+# ------------------------------------------------------------------------------------------- input
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -111,189 +282,68 @@ def _config(arguments: argparse.Namespace) -> Config:
         if config.model.path != "embedded":
             raise UserError("nothing to edit: give sample=FOLDER, or image=FILE with prompt=... and points=...")
         config.sample = DEFAULT_EXAMPLE
+    if config.image and config.model.path == "embedded":
+        warnings.warn(
+            "the embedded model knows only its own drawn scenes; for photographs name a model, e.g. configs/sd15.yaml",
+            stacklevel=2,
+        )
+    # the resolved config must mean the same in any working directory
+    config.image, config.mask = _absolute(config.image), _absolute(config.mask)
+    for key in ("path", "resume"):
+        path = _absolute(getattr(config.lora, key))
+        if path and not os.path.exists(path):
+            raise UserError(f"lora.{key} is {path!r}: no such file or folder")
+        setattr(config.lora, key, path)
+    for section, key in [(config, "sample"), (config.model, "path"), (config.model, "vae")]:
+        path = _absolute(getattr(section, key))
+        if path and os.path.exists(path):  # else a hub id, or example:NAME
+            setattr(section, key, path)
     return config
 
 
-# ------------------------------------------------------------------------------------------- commands
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
 
 
-def edit(arguments: argparse.Namespace) -> int:
-    """Everything that can be known to be wrong is said before a model is loaded."""
-    config = _config(arguments)
-    jobs, failures = _read_all(config)
-
-    from dragdiff import output
-    from dragdiff.modules.backbone import check_model
-
-    check_model(config.model)
-    _check_writable(config)
-    editor = _editor(config)
-    for job, sample in jobs:
-        done = sample.name
-        try:
-            if config.generate.enabled:
-                picture, _ = editor.generate(sample.prompt)
-                if not job.points:
-                    return _save_generated(job, picture)
-                sample = replace_image(sample, picture)
-            editor.config = job
-            folder = output.new_folder(job, job.output.name or sample.name)
-            _edit_one(editor, sample, folder)
-        except UserError as error:
-            if len(jobs) == 1:
-                raise
-            failures.append((done, str(error)))
-    return _report_failures(failures, len(jobs) + len(failures))
-
-
-def _edit_one(editor: Editor, sample: EditSample, folder: Path) -> None:
-    from dragdiff import output
-    from dragdiff.loggers import log_result, open_logger
-
-    with open_logger(editor.config, name=folder.name, folder=folder) as logger:
-        result = editor.edit(sample, folder=folder, logger=logger)
-        written = output.save(result, folder)
-        log_result(logger, output.comparison(result), output.metrics(result))
-    print(f"\nwrote {folder}/: " + ", ".join(path.name for path in [*written, folder / "config.yaml"]))
-    reasons = {"reached": "all handles arrived", "steps": "all steps done"}
-    print(f"drag: {result.steps} steps, {reasons.get(result.stop_reason, result.stop_reason)}")
-    for index, (before, after) in enumerate(zip(result.distance_before, result.distance_after, strict=True)):
-        print(f"point {index + 1}: {before:.1f} px from its target before, {after:.1f} px after (as tracked)")
-
-
-def train(arguments: argparse.Namespace) -> int:
-    """Fine-tune and write a LoRA."""
-    config = _config(arguments)
-    config.lora.path = ""
-    if config.lora.steps == 0:
-        raise UserError("lora.steps is 0: nothing to train")
-    jobs, failures = _read_all(config, need_points=False)
-
-    from dragdiff import output
-    from dragdiff.loggers import open_logger
-    from dragdiff.modules import lora
-    from dragdiff.modules.backbone import check_model
-
-    check_model(config.model)
-    if config.lora.resume and not Path(config.lora.resume).is_file():
-        raise UserError(f"lora.resume is {config.lora.resume!r}: no such file; give a last.ckpt")
-    _check_writable(config)
-    editor = _editor(config)
-    for job, sample in jobs:
-        editor.config = job
-        folder = output.new_folder(job, job.output.name or f"{sample.name}-lora")
-        with open_logger(job, name=folder.name, folder=folder) as logger:
-            trained = editor.finetune(sample.resized(job.data.max_size), folder=folder, logger=logger)
-        assert trained is not None
-        print(f"\nwrote {lora.save(trained, folder)}; use it with lora.path={folder}")
-    return _report_failures(failures, len(jobs) + len(failures))
-
-
-def convert(arguments: argparse.Namespace) -> int:
-    from dragdiff.data import readers
-
-    converted, failures = readers.convert(arguments.source, arguments.destination)
-    print(f"converted {len(converted)} samples into {arguments.destination}")
-    return _report_failures([(str(path), str(reason)) for path, reason in failures], len(converted) + len(failures))
-
-
-# ------------------------------------------------------------------------------------------- input
-
-
-def _read_all(
-    config: Config, *, need_points: bool = True
+def _read(
+    config: Config, *, suffix: str, need_points: bool
 ) -> tuple[list[tuple[Config, EditSample]], list[tuple[str, str]]]:
-    """Each sample with the config that reproduces its edit alone, and those that can't be read with the reason."""
-    from dragdiff.data import readers
-
-    if config.generate.enabled:
-        return [(config, _blank(config))], []
-    if config.image:
-        if config.sample:
-            raise UserError("both image and sample are given: leave one out")
-        if not config.points and not need_points:
-            config = replace(config, points=[[[0, 0], [0, 0]]])
-        config = replace(config, image=_absolute(config.image), mask=_absolute(config.mask))
-        name = Path(config.image).stem
-        return [(config, make_sample(config.image, config.prompt, config.points, config.mask or None, name))], []
-
-    from dragdiff.assets import example_folder
-
-    if config.sample.startswith("example:"):
-        root = example_folder(config.sample.removeprefix("example:"))
-        return [(config, readers.read_sample(root))], []
-    paths = readers.find_samples(config.sample)
-    jobs, failures = [], []
-    for path in paths:
-        try:
-            jobs.append((replace(config, sample=_absolute(path)), readers.read_sample(path)))
-        except UserError as error:
-            if len(paths) == 1:
-                raise
-            failures.append((str(path), str(error)))
-    if not jobs:
-        raise UserError(f"none of the {len(paths)} samples in {config.sample} can be read; the first: {failures[0][1]}")
-    for path, reason in failures:
-        print(f"dragdiff: skipping {path}: {reason}", file=sys.stderr)
-    return jobs, failures
-
-
-def make_sample(image: Any, prompt: str, points: Any, mask: Any, name: str) -> EditSample:
-    from dragdiff.data.sample import EditSample
-
-    return EditSample(image, prompt, points, mask, name)
-
-
-def replace_image(sample: EditSample, picture: Any) -> EditSample:
-    return make_sample(picture, sample.prompt, sample.points, sample.mask, sample.name)
-
-
-def _blank(config: Config) -> EditSample:
-    """Stands in for the picture that will be generated, so that points and mask are checked before it is."""
+    """Each sample at its working size, with the config that alone reproduces its run; and those that can't be read."""
     import numpy as np
 
-    blank = np.zeros((config.generate.height, config.generate.width, 3), np.uint8)
-    points = config.points or [[[0, 0], [0, 0]]]
-    return make_sample(blank, config.prompt, points, _absolute(config.mask) or None, f"generated-{config.seed}")
+    from dragdiff.assets import example_folder
+    from dragdiff.data import readers
+    from dragdiff.data.sample import EditSample
 
+    def job(sample: EditSample, *, folder: str = "", many: bool = False) -> tuple[Config, EditSample]:
+        name = f"{sample.name}{suffix}"
+        if config.output.name:
+            name = f"{config.output.name}-{name}" if many else config.output.name
+        if not config.generate.enabled:
+            sample = sample.resized(config.data.max_size)
+        return replace(config, sample=folder, output=replace(config.output, name=name)), sample
 
-def _save_generated(config: Config, picture: Any) -> int:
-    from PIL import Image
+    points, mask = config.points or ([] if need_points else ANCHOR), config.mask or None
+    if config.generate.enabled:  # its picture does not exist yet, but its size and so points and mask can be checked
+        blank = np.zeros((config.generate.height, config.generate.width, 3), np.uint8)
+        return [job(EditSample(blank, config.prompt, points, mask, f"generated-{config.seed}"))], []
+    if config.image:
+        return [job(EditSample(config.image, config.prompt, points, mask, Path(config.image).stem))], []
 
-    from dragdiff import output
-
-    folder = output.new_folder(config, config.output.name or f"generated-{config.seed}")
-    Image.fromarray(picture).save(folder / "generated.png")
-    print(f"\nwrote {folder}/generated.png; drag it by adding points=[[[x,y],[x,y]],...] to the same command")
-    return 0
-
-
-def _absolute(path: str | Path) -> str:
-    """The resolved config must work from any folder."""
-    return str(Path(path).expanduser().absolute()) if str(path) else ""
-
-
-# ------------------------------------------------------------------------------------------- running
-
-
-def _editor(config: Config) -> Editor:
-    from dragdiff.editor import Editor
-    from dragdiff.progress import Bars
-
-    return Editor(config, report=Bars())
-
-
-def _check_writable(config: Config) -> None:
-    folder = Path(config.output.folder).expanduser()
-    nearest = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"cannot write to output.folder {str(folder)!r}: {nearest} is not a writable folder")
-
-
-def _report_failures(failures: list[tuple[str, str]], total: int) -> int:
-    if not failures:
-        return 0
-    print(f"dragdiff: {len(failures)} of {total} samples failed:", file=sys.stderr)
-    for name, reason in failures:
-        print(f"  {name}: {reason}", file=sys.stderr)
-    return 2
+    is_example = config.sample.startswith("example:")
+    root = example_folder(config.sample.removeprefix("example:")) if is_example else Path(config.sample)
+    given: dict[str, Any] = {"prompt": config.prompt, "points": config.points, "mask": config.mask}
+    given = {key: value for key, value in given.items() if value}
+    folders = readers.find_samples(root)
+    jobs, failures = [], []
+    for folder, name in zip(folders, readers.sample_names(folders, root), strict=True):
+        try:
+            sample = replace(readers.read_sample(folder, name), **given)
+            jobs.append(job(sample, folder=config.sample if is_example else str(folder), many=len(folders) > 1))
+        except UserError as error:
+            if len(folders) == 1:
+                raise
+            failures.append(_failed(name, error))
+    if not jobs:
+        raise UserError(f"none of the {len(folders)} samples in {config.sample} can be used")
+    return jobs, failures

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dragdiff.errors import UserError
@@ -26,15 +27,15 @@ DEFAULT_OVERLAY = "embedded"
 
 
 def more_than(low: float) -> Check:
-    return f"> {low:g}", lambda value: value > low
+    return f"> {low}", lambda value: value > low
 
 
 def at_least(low: float) -> Check:
-    return f">= {low:g}", lambda value: value >= low
+    return f">= {low}", lambda value: value >= low
 
 
 def within(low: float, high: float, *, low_open: bool = False) -> Check:
-    words = f"in {'(' if low_open else '['}{low:g}, {high:g}]"
+    words = f"in {'(' if low_open else '['}{low}, {high}]"
     return words, lambda value: (low < value if low_open else low <= value) and value <= high
 
 
@@ -67,10 +68,16 @@ class ModelConfig:
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "hub id, local folder (diffusers), single .safetensors file, or 'embedded'",
     )
-    revision: str = option("", "hub revision; empty = newest")
+    revision: str = option("", "hub revision; empty = the one in the hub's cache on this machine, else the newest")
+    prediction: str = option(
+        "auto",
+        "what the network predicts; auto = as the model's scheduler says (a single file of SD 2.x can't say it)",
+        one_of("auto", "epsilon", "v_prediction"),
+    )
     vae: str = option(
         "",
-        "another autoencoder: hub id or local folder, e.g. stabilityai/sd-vae-ft-mse; empty = the model's own",
+        "another autoencoder: hub id, local folder or .safetensors file, e.g. stabilityai/sd-vae-ft-mse; "
+        "empty = the model's own",
     )
     device: str = option("auto", "auto | cpu | cuda | cuda:N | mps")
     dtype: str = option("fp32", "the weights' precision", one_of("fp32", "bf16", "fp16"))
@@ -126,7 +133,7 @@ class GenerateConfig:
 class DDIMConfig:
     """The schedule that inversion, drag and denoising share."""
 
-    steps: int = option(50, "DDIM steps of the whole schedule", within(1, 1000))
+    steps: int = option(50, "DDIM steps of the whole schedule", within(1, 999))
     strength: float = option(
         0.7, "inversion strength: the drag happens after this share of the steps", within(0, 1, low_open=True)
     )
@@ -164,8 +171,10 @@ class ControlConfig:
 class OutputConfig:
     """What is written where."""
 
-    folder: str = option("outputs", "results go to <folder>/<name>/")
-    name: str = option("", "empty = the sample's name; a number is added where it is taken")
+    folder: str = option("outputs", "results go to <output.folder>/<output.name>/")
+    name: str = option(
+        "", "empty = the sample's name; put before it when there are many; a number is added where it is taken"
+    )
     frames_every: int = option(10, "drag steps between intermediate frames (disk and W&B); 0 = none", at_least(0))
 
 
@@ -175,7 +184,7 @@ class LoggerConfig:
 
     kind: str = option("none", "where losses and distances go", one_of("none", "csv", "wandb"))
     project: str = option("dragdiff", "W&B project")
-    offline: bool = option(False, "W&B without network: synchronise later with `wandb sync`")
+    offline: bool = option(False, "W&B without network or login: synchronise later with `wandb sync`")
     group: str = option("", "W&B group; empty = method and model")
     tags: list[str] = option([], "more W&B tags, besides method and model")
 
@@ -194,10 +203,18 @@ class Config:
 
     sample: str = option("", "a sample folder (ours, DragBench, Drag100), a folder of many, or example:NAME")
     image: str = option("", "picture file, with prompt, points and mask; instead of a sample")
-    prompt: str = option("", "what the picture shows")
-    points: list[Any] = option([], "pairs [[[x,y],[x,y]],...]: handle, target; px of the image, origin top left")
-    mask: str = option("", "picture of the image's size, white = may change; empty = everything may change")
-    seed: int = option(42, "of the LoRA's draws and of generated pictures", at_least(0))
+    prompt: str = option("", "what the picture shows; with a sample, in place of its own")
+    points: list[Any] = option(
+        [],
+        "pairs [[[x,y],[x,y]],...]: handle, target; px of the image, origin top left; "
+        "with a sample, in place of its own",
+    )
+    mask: str = option(
+        "",
+        "picture of the image's size, white = may change; empty = everything may change; "
+        "with a sample, in place of its own",
+    )
+    seed: int = option(42, "of the LoRA's draws and of generated pictures", within(0, 2**32 - 1))
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -247,26 +264,20 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 
     Args:
         files: YAML overlays, paths or names of shipped ones.
-        overrides: `section.key=value`, the value in YAML.
+        overrides: `section.key=value`: text as it stands, anything else in YAML.
 
     Raises:
         UserError: a missing or malformed file, an unknown key (names the nearest), a value of the wrong type or range.
     """
     merged = OmegaConf.structured(Config)
     for name in files:
-        merged = _merge(merged, _read_yaml(find_overlay(name)), f"in {name}")
+        _merge(merged, _read_yaml(find_overlay(name)), f"in {name}")
     for override in overrides:
-        if "=" not in override:
-            raise UserError(f"cannot read {override!r}: settings are written key=value, e.g. drag.lr=0.02")
-        try:
-            overlay = OmegaConf.from_dotlist([override])
-        except Exception as error:  # OmegaConf lets several YAML and grammar errors through
-            raise UserError(f"cannot read {override!r}: {_first_line(error)}") from error
-        merged = _merge(merged, overlay, f"in {override!r}")
+        _merge(merged, _read_override(override), f"in {override!r}")
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"bad settings: {_first_line(error)}") from error
+        raise UserError(f"cannot follow a reference ${{...}} in the settings: {_one_line(error)}") from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -286,15 +297,24 @@ def check(config: Config) -> None:
             raise UserError(f"{key} is {value!r}: it must be {allowed[0]}")
     if not config.drag.features:
         raise UserError("drag.features is empty: name at least one block, e.g. drag.features=[up_blocks.2]")
+    if config.sample and config.image:
+        raise UserError("both sample and image are given: leave one out")
     if config.generate.enabled and (config.sample or config.image):
         raise UserError(
             "generate.enabled makes the picture itself: leave out sample and image, or set generate.enabled=false"
+        )
+    name = Path(config.output.name)
+    if config.output.name and (name.is_absolute() or not name.name or ".." in name.parts):
+        raise UserError(f"output.name is {config.output.name!r}: it must be a name, or a path, below output.folder")
+    if round(config.ddim.steps * config.ddim.strength) < 1:
+        raise UserError(
+            f"ddim.strength {config.ddim.strength} of {config.ddim.steps} steps leaves no step: raise one of them"
         )
 
 
 def to_yaml(config: Config) -> str:
     """The whole resolved config; `load_config` of it alone gives the same config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(_as_it_stands(dataclasses.asdict(config)))
 
 
 def describe() -> str:
@@ -307,46 +327,65 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
-        overlay = OmegaConf.load(path)
+        overlay = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # YAML, encoding and permission errors have no common base
-        raise UserError(f"cannot read config {path}: {_first_line(error)}") from error
-    if isinstance(overlay, ListConfig):
-        raise UserError(f"cannot read config {path}: expected key: value lines, found a list")
+        raise UserError(f"cannot read config {path}: {_one_line(error)}") from error
+    if not isinstance(overlay, dict):
+        raise UserError(f"cannot read config {path}: it must hold key: value lines")
     return overlay
 
 
-def _merge(config: Any, overlay: DictConfig, where: str) -> Any:
-    _check_keys(OmegaConf.to_container(overlay), where)
+def _read_override(override: str) -> dict[Any, Any]:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"cannot read {override!r}: settings are written key=value, e.g. drag.lr=0.02")
+    if isinstance(_DEFAULTS.get(key), str):  # prompts and paths need no YAML quoting
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+        return {key: _as_it_stands(text[1:-1] if quoted else text)}
     try:
-        return OmegaConf.merge(config, overlay)
-    except OmegaConfBaseException as error:
-        raise UserError(f"bad value {where}: {_first_line(error)}") from error
+        return {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]}  # type: ignore[call-overload,index]
+    except Exception as error:  # OmegaConf lets several YAML and grammar errors through
+        raise UserError(f"cannot read {override!r}: {_one_line(error)}") from error
 
 
-def _check_keys(overlay: Any, where: str) -> None:
-    sections = {f.name for f in fields(Config) if dataclasses.is_dataclass(f.default_factory)}
-    known = {key for key, _, _ in walk(Config())}
-
-    def visit(node: dict[Any, Any], prefix: str) -> None:
-        for name, value in node.items():
-            key = f"{prefix}{name}"
-            if key in sections and isinstance(value, dict):
-                visit(value, f"{key}.")
-            elif key in sections:
-                raise UserError(f"{key} {where} is a section: set one of its keys, e.g. {_example(known, key)}")
-            elif key not in known:
-                near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
-                raise UserError(f"unknown key {key!r} {where}: did you mean {near[0]!r}? (--help lists all keys)")
-
-    if isinstance(overlay, dict):
-        visit(overlay, "")
+def _as_it_stands(value: Any) -> Any:
+    """The same for OmegaConf, which would take `${` in a text for a reference to another key."""
+    if isinstance(value, dict):
+        return {key: _as_it_stands(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_as_it_stands(entry) for entry in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _example(known: set[str], section: str) -> str:
-    return min(key for key in known if key.startswith(f"{section}."))
+_SECTIONS = {f.name for f in fields(Config) if dataclasses.is_dataclass(f.default_factory)}
+_DEFAULTS = {key: value for key, _, value in walk(Config())}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list, e.g. [a, b]"}
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+def _merge(config: DictConfig, overlay: dict[Any, Any], where: str, prefix: str = "") -> None:
+    for name, value in overlay.items():
+        key = f"{prefix}{name}"
+        if key in _SECTIONS and isinstance(value, dict):
+            _merge(config, value, where, f"{key}.")
+        elif key in _SECTIONS:
+            example = next(known for known in _DEFAULTS if known.startswith(f"{key}."))
+            raise UserError(f"{key} {where} is a section: set one of its keys, e.g. {example}")
+        elif key not in _DEFAULTS:
+            raise UserError(f"unknown key {key!r} {where}: did you mean {nearest_key(key)!r}? (--help lists all keys)")
+        else:
+            try:
+                OmegaConf.update(config, key, value)
+            except Exception as error:  # OmegaConf's own, and bare TypeError and ValueError
+                kind = _KINDS[type(_DEFAULTS[key])]
+                raise UserError(f"{key} is {value!r} {where}: it must be {kind}") from error
+
+
+def nearest_key(key: str) -> str:
+    """The known key that looks most like this one."""
+    return difflib.get_close_matches(key, sorted(_DEFAULTS), n=1, cutoff=0.0)[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dragdiff.config import Config
+from dragdiff.config import Config, LoggerConfig
 from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 METHOD = "dragdiffusion"
+WANDB_TAG = 64  # characters that W&B allows
+MENDING = "run `wandb login`, or set logger.offline=true or logger.kind=none"
+
+
+def check_login(settings: LoggerConfig) -> None:
+    """Find out before any work whether W&B will take the run.
+
+    Raises:
+        UserError: W&B is to be online, and nobody is logged in or it does not answer.
+    """
+    mode = "offline" if settings.offline else os.environ.get("WANDB_MODE", "online")
+    if settings.kind != "wandb" or mode != "online":
+        return
+    import wandb
+
+    with _environment(WANDB_SILENT="true"), _starting():
+        if not wandb.login(prompt=False):
+            raise UserError(f"logger.kind is 'wandb', but nobody is logged in to W&B: {MENDING}")
 
 
 @contextmanager
@@ -23,58 +43,96 @@ def open_logger(config: Config, *, name: str, folder: Path) -> Iterator[Logger |
 
     Args:
         name: the run's name.
-        folder: where CSV files and W&B's local files go.
+        folder: where CSV files (`log/metrics.csv`) and W&B's local files (`wandb/`) go.
 
     Raises:
-        UserError: W&B is not logged in or does not answer.
+        UserError: W&B does not start.
     """
-    settings = config.logger
-    if settings.kind == "none":
+    if config.logger.kind == "none":
         yield None
-    elif settings.kind == "csv":
+    elif config.logger.kind == "csv":
         from lightning.pytorch.loggers import CSVLogger
 
         logger = CSVLogger(folder, name="", version="log")
-        yield logger
-        logger.finalize("success")
-    else:
-        import wandb
-        from lightning.pytorch.loggers import WandbLogger
-
-        model = Path(config.model.path).name
         try:
+            yield logger
+        finally:
+            logger.save()
+    else:
+        with _wandb_run(config, name, folder) as run:
+            yield _tolerant_logger(run)
+
+
+@contextmanager
+def _wandb_run(config: Config, name: str, folder: Path) -> Iterator[Any]:
+    import wandb
+
+    model = Path(config.model.path).name[:WANDB_TAG]
+    with _environment():
+        with _starting():
+            # not WandbLogger(offline=True), which would set WANDB_MODE for the whole process
             run = wandb.init(
-                project=settings.project,
+                project=config.logger.project,
                 name=name,
                 dir=folder,
-                group=settings.group or f"{METHOD}-{model}",
-                tags=[METHOD, model, *settings.tags],
+                group=config.logger.group or f"{METHOD}-{model}",
+                tags=[METHOD, model, *config.logger.tags],
                 config=dataclasses.asdict(config),
-                mode="offline" if settings.offline else "online",
+                mode="offline" if config.logger.offline else None,
                 reinit="finish_previous",
                 settings=wandb.Settings(silent=True),
             )
-        except Exception as error:  # W&B raises its own errors, and whatever the network raises
-            raise UserError(
-                f"W&B did not start: {str(error).splitlines()[0]}; run `wandb login`, or set logger.offline=true "
-                "or logger.kind=none"
-            ) from error
         try:
-            yield WandbLogger(experiment=run)
-        finally:
-            run.finish()
+            yield run
+        except BaseException:
+            run.finish(exit_code=1)
+            raise
+        run.finish()
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for a while, and afterwards all as before: W&B leaves some of its own."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # W&B's own, and whatever the network raises
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"W&B did not start: {reason}; {MENDING}") from error
+
+
+def _tolerant_logger(run: Any) -> Logger:
+    """A W&B logger that lets an edit go on when W&B fails under way."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    class Tolerant(WandbLogger):
+        def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super().log_metrics(*args, **kwargs)
+            except Exception as error:
+                warnings.warn(f"W&B lost something, the edit goes on: {error}", stacklevel=2)
+
+    return Tolerant(experiment=run)
 
 
 def log_result(logger: Any, comparison: Any, metrics: dict[str, Any]) -> None:
     """Send an edit's final picture and numbers to W&B; other loggers have had all of theirs."""
     if hasattr(logger, "log_image"):
-        logger.log_image("comparison", [comparison])
         after = [point["distance_after_px"] for point in metrics["points"]]
-        logger.experiment.summary.update(
-            {
-                "distance_px": sum(after) / len(after),
-                "steps": metrics["steps"],
-                "stop_reason": metrics["stop_reason"],
-            }
-            | {f"seconds/{stage}": seconds for stage, seconds in metrics["seconds"].items()}
-        )
+        logger.log_image("comparison", [comparison])
+        logger.log_metrics({"distance_px": sum(after) / len(after), "steps": metrics["steps"]})
+        logger.log_metrics({f"seconds/{stage}": seconds for stage, seconds in metrics["seconds"].items()})
+        logger.experiment.summary["stop_reason"] = metrics["stop_reason"]

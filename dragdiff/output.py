@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,42 +22,76 @@ if TYPE_CHECKING:
     from dragdiff.data.sample import EditSample
     from dragdiff.editor import EditResult
 
-HANDLE, TARGET, ARROW, SHADE = (228, 26, 28), (31, 90, 220), (255, 255, 255), (20, 20, 20)
+HANDLE, TARGET, DARK = (228, 26, 28), (31, 90, 220), (20, 20, 20)
 SHOWN_SIDE = 384  # px: smaller pictures are enlarged in comparisons, so that one sees something
+ANIMATED_SIDE = 640  # px: larger pictures are made smaller in animations
 
 
-def new_folder(config: Config, name: str) -> Path:
-    """Make `<output.folder>/<name>/`, numbered where that is taken, and write the resolved config into it.
+def new_folder(config: Config) -> Path:
+    """Make `<output.folder>/<output.name>/`, numbered where that is taken, and write the resolved config into it.
 
     Raises:
         UserError: it can't be written.
     """
-    base = Path(config.output.folder).expanduser()
+    first = _first_choice(config)
     try:
-        for number in range(1, 100_000):
-            folder = base / (name if number == 1 else f"{name}-{number}")
-            if not folder.exists():
+        for number in itertools.count(1):
+            folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+            try:
                 folder.mkdir(parents=True)
                 break
-        (folder / "config.yaml").write_text(to_yaml(config))
+            except FileExistsError:
+                continue
+        with written(folder / "config.yaml") as file:
+            file.write_text(to_yaml(config), "utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to output.folder {str(base)!r}: {error.strerror or error}") from error
+        raise UserError(f"cannot write to output.folder {config.output.folder!r}: {error.strerror or error}") from error
     return folder
+
+
+def check_writable(config: Config) -> None:
+    """Whether `new_folder` will be able to write; leaves nothing behind.
+
+    Raises:
+        UserError: it won't.
+    """
+    parent = _first_choice(config).absolute().parent
+    nearest = next(place for place in (parent, *parent.parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to output.folder {config.output.folder!r}: {nearest} is no folder that can be written to "
+            f"({error.strerror or error})"
+        ) from error
+
+
+def _first_choice(config: Config) -> Path:
+    return Path(config.output.folder).expanduser() / config.output.name
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A file to write that takes its place only when it is complete, also when it is interrupted."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save(result: EditResult, folder: Path) -> list[Path]:
     """Write `edited.png`, `comparison.png`, `trajectory.gif` and `metrics.json`; returns their paths."""
-    Image.fromarray(result.image).save(folder / "edited.png")
-    comparison(result).save(folder / "comparison.png")
-    first, *rest = animation(result)
-    first.save(
-        folder / "trajectory.gif",
-        save_all=True,
-        append_images=rest,
-        duration=[250] * len(rest) + [2000],
-        loop=0,
-    )
-    (folder / "metrics.json").write_text(json.dumps(metrics(result), indent=2) + "\n")
+    with written(folder / "edited.png") as file:
+        Image.fromarray(result.image).save(file)
+    with written(folder / "comparison.png") as file:
+        comparison(result).save(file)
+    with written(folder / "trajectory.gif") as file:
+        _save_gif(animation(result), file)
+    with written(folder / "metrics.json") as file:
+        file.write_text(json.dumps(metrics(result), indent=2) + "\n")
     return [folder / name for name in ("edited.png", "comparison.png", "trajectory.gif", "metrics.json")]
 
 
@@ -84,69 +122,108 @@ def metrics(result: EditResult) -> dict[str, Any]:
     }
 
 
-def _zoom(size: Sequence[int]) -> int:
-    return max(1, math.ceil(SHOWN_SIDE / max(size)))
-
-
-def _enlarged(picture: np.ndarray, zoom: int) -> Image.Image:
-    image = Image.fromarray(picture)
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC) if zoom > 1 else image
-
-
-def annotated(sample: EditSample, *, zoom: int = 1) -> Image.Image:
-    """The source with its fixed area dimmed and an arrow from each handle (red) to its target (blue)."""
-    image = _enlarged(sample.image, zoom)
-    if sample.mask is not None:
-        dimmed = Image.blend(image, Image.new("RGB", image.size, SHADE), 0.45)
-        image = Image.composite(image, dimmed, Image.fromarray(np.array(sample.mask)).convert("L").resize(image.size))
-    draw = ImageDraw.Draw(image)
-    radius = max(3.0, max(image.size) / 110)
-    for handle, target in (np.asarray(sample.points) * zoom).tolist():
-        _arrow(draw, handle, target, radius)
-    return image
-
-
-def _arrow(draw: ImageDraw.ImageDraw, handle: list[float], target: list[float], radius: float) -> None:
-    (x0, y0), (x1, y1) = handle, target
-    for colour, width in ((SHADE, radius * 1.3), (ARROW, radius * 0.7)):
-        draw.line((x0, y0, x1, y1), fill=colour, width=max(1, round(width)))
-    for (x, y), colour in ((handle, HANDLE), (target, TARGET)):
-        draw.ellipse(
-            (x - radius, y - radius, x + radius, y + radius),
-            fill=colour,
-            outline=ARROW,
-            width=max(1, round(radius / 4)),
-        )
-
-
 def comparison(result: EditResult) -> Image.Image:
-    """Source with arrows and mask | edited picture."""
-    zoom = _zoom(result.image.shape[:2])
-    left, right = annotated(result.sample, zoom=zoom), _enlarged(result.image, zoom)
+    """Source with arrows and mask | edited picture; small pictures are enlarged."""
+    scale = _scale(result.sample, least=SHOWN_SIDE)
+    left, right = annotated(result.sample, scale=scale), _resized(result.image, scale)
     gap = max(4, left.width // 60)
-    sheet = Image.new("RGB", (left.width * 2 + gap, left.height), (255, 255, 255))
+    sheet = Image.new("RGB", (left.width * 2 + gap, left.height), "white")
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width + gap, 0))
     return sheet
 
 
 def animation(result: EditResult) -> list[Image.Image]:
-    """The intermediate previews with the handles' way so far; the source first, the edited picture last."""
-    zoom = _zoom(result.image.shape[:2])
-    size = (result.image.shape[1] * zoom, result.image.shape[0] * zoom)
-    radius = max(3.0, max(size) / 110)
-    pictures = [annotated(result.sample, zoom=zoom)]
+    """The source, then the intermediate previews with the way that each handle has gone, then the edited picture."""
+    scale = _scale(result.sample, least=SHOWN_SIDE, most=ANIMATED_SIDE)
+    pictures = [annotated(result.sample, scale=scale)]
     for step, preview, handles in result.frames:
-        picture = Image.fromarray(preview).resize(size, Image.Resampling.BICUBIC)
-        draw = ImageDraw.Draw(picture)
-        way = result.trajectory[: step + 1] * zoom
-        for index, (handle, target) in enumerate(zip(handles * zoom, result.sample.targets * zoom, strict=True)):
-            if len(way) > 1:
-                draw.line(
-                    [tuple(position) for position in way[:, index].tolist()],
-                    fill=ARROW,
-                    width=max(1, round(radius * 0.7)),
-                )
-            _arrow(draw, handle.tolist(), target.tolist(), radius)
-        pictures.append(picture)
-    return [*pictures, _enlarged(result.image, zoom)]
+        picture = Image.fromarray(preview).resize(pictures[0].size, Image.Resampling.BICUBIC)
+        pairs = np.stack([handles, result.sample.targets], axis=1)
+        pictures.append(_draw(picture, pairs * scale, ways=result.trajectory[: step + 1].swapaxes(0, 1) * scale))
+    return [*pictures, _resized(result.image, scale)]
+
+
+def annotated(sample: EditSample, *, scale: float = 1) -> Image.Image:
+    """The source with its fixed area dimmed and an arrow from each handle (red) to its target (blue)."""
+    picture = _resized(sample.image, scale)
+    if sample.mask is not None:
+        dimmed = Image.blend(picture, Image.new("RGB", picture.size, DARK), 0.45)
+        mask = Image.fromarray(np.array(sample.mask)).convert("L").resize(picture.size)
+        picture = Image.composite(picture, dimmed, mask)
+    return _draw(picture, sample.points * scale)
+
+
+def _scale(sample: EditSample, *, least: int, most: int | None = None) -> float:
+    side = max(sample.width, sample.height)
+    if most is not None and side > most:
+        return most / side
+    return max(1, math.ceil(least / side))
+
+
+def _resized(picture: np.ndarray, scale: float) -> Image.Image:
+    image = Image.fromarray(picture)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _draw(picture: Image.Image, pairs: np.ndarray, *, ways: np.ndarray | None = None) -> Image.Image:
+    """Lay arrows over a picture, smoothly: drawn larger and scaled down.
+
+    Args:
+        pairs: (N, 2, 2), (handle, target) as (x, y) in px of the picture.
+        ways: (N, K, 2), where each handle has been.
+    """
+    side = max(picture.size)
+    smooth = 3 if side <= 1024 else 1
+    layer = Image.new("RGBA", (picture.width * smooth, picture.height * smooth), (*DARK, 0))
+    pen = ImageDraw.Draw(layer)
+    radius = max(4.0, side / 100) * smooth
+
+    def line(positions: np.ndarray, colour: str | tuple[int, int, int], width: float) -> None:
+        pen.line([tuple(p) for p in positions.tolist()], fill=colour, width=round(width * radius), joint="curve")
+
+    def dot(centre: np.ndarray, colour: str | tuple[int, int, int], size: float) -> None:
+        pen.circle(tuple(centre.tolist()), size * radius, fill=colour)
+
+    for way in [] if ways is None else ways * smooth:
+        line(way, HANDLE, 0.5)
+    for handle, target in pairs * smooth:
+        length = float(np.linalg.norm(target - handle))
+        if length > 4 * radius:
+            along = (target - handle) / length
+            across = np.array([-along[1], along[0]])
+            tip = target - 1.2 * radius * along
+            head = tip - np.array([[0], [2 * radius]]) * along + np.array([[0], [radius]]) * across
+            wings = np.stack([head[1], head[0], head[1] - 2 * radius * across])
+            for colour, width in ((DARK, 1.1), ("white", 0.6)):
+                line(np.stack([handle, tip]), colour, width)
+                line(wings, colour, width)
+        elif length > 0:
+            line(np.stack([handle, target]), "white", 0.6)
+        for centre, colour, size in ((target, TARGET, 1.0), (handle, HANDLE, 1.0 if length > radius else 0.5)):
+            dot(centre, "white", size + 0.25)
+            dot(centre, colour, size)
+    return Image.alpha_composite(picture.convert("RGBA"), layer.resize(picture.size, Image.Resampling.BOX)).convert(
+        "RGB"
+    )
+
+
+def _save_gif(pictures: Sequence[Image.Image], path: Path) -> None:
+    """With one palette for all frames, so that what stands still does not flicker."""
+    small = [picture.resize((96, 96)) for picture in pictures]
+    strip = Image.new("RGB", (96 * len(small), 96))
+    for index, picture in enumerate(small):
+        strip.paste(picture, (96 * index, 0))
+    marks = [*HANDLE, *TARGET, *DARK, 255, 255, 255]
+    palette = strip.quantize(256 - len(marks) // 3)
+    palette.putpalette([*(palette.getpalette() or [])[: 768 - len(marks)], *marks])
+    first, *rest = (picture.quantize(palette=palette) for picture in pictures)
+    first.save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=rest,
+        duration=[1000, *[400] * (len(rest) - 1), 2000],
+        loop=0,
+    )

@@ -6,12 +6,15 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader
 
 PRECISION = {"none": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
@@ -38,14 +41,13 @@ def fit(
     Raises:
         KeyboardInterrupt: on Ctrl-C, as anywhere else in Python (Lightning alone would end the process).
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", module="lightning"
-        )  # workers, logging interval, checkpoint folder: none applies
+    # a loader of its own generator draws no number from the global one
+    data: Any = DataLoader(range(steps), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+    with _quiet(), _own_interrupt():
         trainer = L.Trainer(
             accelerator=device.type,
             devices=[device.index or 0] if device.type == "cuda" else 1,
+            plugins=LightningEnvironment(),  # one process, also where a cluster's scheduler started it
             precision=PRECISION[autocast],  # type: ignore[arg-type]
             max_steps=steps,
             callbacks=list(callbacks),
@@ -55,12 +57,31 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        main_thread = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            trainer.fit(module, DataLoader(range(steps), batch_size=None), ckpt_path=resume)  # type: ignore[arg-type]
-        except SystemExit as error:
-            raise KeyboardInterrupt from error
-        finally:
-            if main_thread:
-                signal.signal(signal.SIGINT, handler)
+        trainer.fit(module, data, ckpt_path=resume)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's notes: on workers, logging intervals, checkpoint folders, products."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Lightning answers Ctrl-C by ignoring further ones and ending the process; undo both."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,7 @@
+"""`python -m dragdiff`."""
+
+import sys
+
+from dragdiff.cli import main
+
+sys.exit(main())

@@ -1,0 +1,275 @@
+"""The cache of stages: keys, whole entries, broken ones, two writers, no place to write."""
+
+import json
+import multiprocessing
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dragdiff import cache
+from dragdiff.config import load_config
+from dragdiff.data.sample import EditSample
+from dragdiff.editor import Editor
+from dragdiff.errors import UserError
+from dragdiff.modules.backbone import load_backbone
+
+
+def save(value, folder):
+    (folder / "value.json").write_text(json.dumps(value))
+
+
+def load(folder):
+    try:
+        return json.loads((folder / "value.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder}") from error
+
+
+def get(folder, key="k", make=lambda: [1, 2], save=save, load=load):
+    return cache.StageCache(folder).get(key, make=make, save=save, load=load)
+
+
+def never():
+    raise AssertionError("made again")
+
+
+# ------------------------------------------------------------------------------------------- entries
+
+
+def test_made_once(tmp_path):
+    assert get(tmp_path / "new" / "folder") == [1, 2]
+    assert get(tmp_path / "new" / "folder", make=never) == [1, 2]
+    assert get(tmp_path / "new" / "folder", key="other", make=lambda: 3) == 3
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["k", "other"]
+
+
+def test_no_folder_keeps_nothing(tmp_path):
+    made = []
+    for _ in range(2):
+        get(None, make=lambda: made.append(1))
+    assert made == [1, 1]
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2", None])
+def test_broken_entry_is_made_again(content, tmp_path):
+    (tmp_path / "k").mkdir()
+    if content is not None:
+        (tmp_path / "k" / "value.json").write_text(content)
+    with pytest.warns(UserWarning, match="broken and is made again"):
+        assert get(tmp_path) == [1, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert get(tmp_path, make=never) == [1, 2]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, ZeroDivisionError])
+def test_interrupted_write_leaves_nothing(stop, tmp_path):
+    def half(value, folder):
+        (folder / "value.json").write_text("[1,")
+        raise stop
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert get(tmp_path, save=half) == [1, 2]
+            assert stop is OSError
+        except stop:
+            assert stop is not OSError
+    assert list(tmp_path.iterdir()) == []
+    assert get(tmp_path) == [1, 2]
+
+
+def test_failed_making_leaves_nothing(tmp_path):
+    with pytest.raises(AssertionError, match="made again"):
+        get(tmp_path / "c", make=never)
+    assert not (tmp_path / "c").exists()
+
+
+def test_unwritable_cache_only_warns(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.warns(UserWarning, match="cannot write the cache") as caught:
+        assert get(file / "below") == [1, 2]
+    assert "\n" not in str(caught[0].message)
+
+
+def _write(folder, barrier, number):
+    def make():
+        barrier.wait(timeout=30)  # both have missed
+        return [number]
+
+    assert get(folder, make=make) == [number]
+
+
+def test_two_processes_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking a process that has threads
+        writers = [context.Process(target=_write, args=(tmp_path, barrier, number)) for number in (1, 2)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["k"]
+    assert get(tmp_path, make=never) in ([1], [2])
+
+
+def test_default_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.default_folder() == tmp_path / "dragdiff"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.default_folder() == tmp_path / ".cache" / "dragdiff"
+
+
+# ------------------------------------------------------------------------------------------- keys
+
+
+def test_digest_tells_inputs_apart():
+    picture = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    inputs = [
+        {"a": 1},
+        {"a": 2},
+        {"b": 1},
+        {"a": "1"},
+        {"a": None},
+        {"a": picture},
+        {"a": picture.reshape(4, 3)},
+        {"a": picture.astype(np.int8)},
+        {"a": picture[::-1]},
+        {"a": 1, "b": 2},
+        {"a": [1, 2]},
+        {"a": {"b": 2}},
+    ]
+    assert len({cache.digest(**entry) for entry in inputs}) == len(inputs)
+    assert cache.digest(a=1, b=2) == cache.digest(b=2, a=1)
+    assert cache.digest(a=picture[:, ::2]) == cache.digest(a=np.ascontiguousarray(picture[:, ::2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_fingerprint_sees_one_changed_bit(dtype):
+    module = torch.nn.Linear(5, 3).to(dtype)
+    before = cache.fingerprint(module)
+    assert cache.fingerprint(module) == before
+    with torch.no_grad():
+        module.weight[1, 2] = torch.nextafter(module.weight[1, 2].float(), torch.tensor(9.0)).to(dtype)
+        module.weight[1, 2] += 0.01
+    assert cache.fingerprint(module) != before
+
+
+class _Keys:
+    """Stands in for the cache and hands back the key."""
+
+    def get(self, key, **_):
+        return key
+
+
+@pytest.fixture(scope="module")
+def key_of(tiny_pipeline):
+    """The LoRA's key for some settings and a changed sample."""
+    backbone = load_backbone(load_config(overrides=[f"model.path={tiny_pipeline}", "model.device=cpu"]).model)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    sample = EditSample(picture, "a cat", [[[3, 4], [10, 12]]])
+
+    def key(*overrides, change=None, **changes):
+        editor = Editor(load_config(overrides=[f"model.path={tiny_pipeline}", *overrides]), backbone)
+        editor.cache = _Keys()
+        if change:
+            change(backbone)
+        return editor.finetune(replace(sample, **changes))
+
+    key.picture = picture
+    return key
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "lora.steps=81",
+        "lora.rank=8",
+        "lora.alpha=8",
+        "lora.lr=0.001",
+        "lora.weight_decay=0",
+        "lora.batch_size=2",
+        "lora.resolution=256",
+        "lora.crop=pixel",
+        "model.autocast=bf16",
+    ],
+)
+def test_lora_key_changes_with(override, key_of):
+    assert key_of(override) != key_of()
+
+
+def test_lora_key_changes_with_the_sample(key_of):
+    other = key_of.picture.copy()
+    other[5, 5, 0] ^= 1
+    assert len({key_of(), key_of(image=other), key_of(prompt="a dog")}) == 3
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_lora_key_changes_with_the_weights(part, key_of):
+    def nudge(backbone):
+        with torch.no_grad():
+            next(getattr(backbone.pipeline, part).parameters()).flatten()[0] += 1
+
+    assert key_of(change=nudge) != key_of(change=nudge)
+
+
+def test_lora_key_changes_with_what_the_model_predicts(key_of):
+    before = key_of()
+
+    def predicts(kind):
+        return lambda backbone: setattr(backbone, "prediction_type", kind)
+
+    assert key_of(change=predicts("v_prediction")) != before
+    assert key_of(change=predicts("epsilon")) == before
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "drag.lr=0.5",
+        "drag.steps=3",
+        "ddim.strength=0.5",
+        "ddim.steps=20",
+        "control.enabled=false",
+        "output.folder=elsewhere",
+        "cache.folder=elsewhere",
+        "logger.kind=csv",
+        "data.max_size=512",
+    ],
+)
+def test_lora_key_does_not_change_with(override, key_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert key_of(override) == key_of()
+
+
+def test_lora_key_does_not_change_with_points_or_mask(key_of):
+    mask = np.zeros((32, 48), bool)
+    mask[3:20, 5:9] = True
+    assert key_of(points=[[[1, 1], [2, 2]]], mask=mask, name="other") == key_of()
+
+
+def test_folder_of_the_cache(tiny_pipeline, tmp_path):
+    def folder(*overrides):
+        config = load_config(overrides=[f"model.path={tiny_pipeline}", *overrides])
+        return Editor(config, object.__new__(_Anything)).cache.folder
+
+    class _Anything:
+        device = torch.device("cpu")
+        self_attention_layers = ("up_blocks.2.attn1",)
+
+        def feature_block(self, name):
+            return None
+
+    assert folder(f"cache.folder={tmp_path}") == tmp_path / "lora"
+    assert folder() == cache.default_folder() / "lora"
+    assert folder("cache.enabled=false") is None
+    assert Path.home() / "x" / "lora" == folder("cache.folder=~/x")
