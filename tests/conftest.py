@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ TRACES = Path(__file__).parent / "data" / "traces"
 def _one_thread():
     """Small tensors gain nothing from more, and threads that wait for each other cost a lot on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_works():
+    """Shells start background jobs with Ctrl-C ignored, and the programs that a test starts would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

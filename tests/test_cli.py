@@ -614,7 +614,8 @@ def test_interrupt_keeps_the_loras_so_far(settings, place, press_ctrl_c, capsys)
 
 def test_interrupt_of_a_process(settings, place):
     """The whole command, in a process of its own."""
-    run = [*settings, "lora.steps=0", "image=pic.png", POINTS, "drag.steps=100000", "output.frames_every=0"]
+    endless = ["drag.steps=100000", "drag.tracking_radius=0"]  # a handle that stays where it is never arrives
+    run = [*settings, "lora.steps=0", "image=pic.png", POINTS, "output.frames_every=0", *endless]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "edit.py"), *run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment

@@ -32,9 +32,10 @@ LOSS = 1e-4  # relative
 LATENT = 1e-4
 FINAL = 1e-3  # after all denoising steps
 DECIDED = 1e-3  # a tracked position is unique when the runner-up's distance is larger by this
-# Both losses are L1 norms: where an argument is zero but for rounding, the gradient's sign is open, and Adam makes a step
-# of full size of it. Two runs that are both right so go apart sooner or later, by up to 2 lr in a part of the entries:
-# seen from the sixth step on. Up to here the whole is compared, from here on single steps and what most entries do.
+# Both losses are L1 norms: where an argument is zero but for rounding, the gradient's sign is open, and Adam makes a
+# step of full size of it. Two runs that are both right so go apart sooner or later, by up to 2 lr in a part of the
+# entries: seen from the sixth step on. Up to here the whole is compared, from here on single steps and what most
+# entries do.
 FREE_STEPS = 3
 
 SCENES = {
