@@ -98,13 +98,13 @@ def _config_parser(prog: str, text: str) -> argparse.ArgumentParser:
 def run(
     command: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> int:
-    """Exit code of a command: 2 with one line for a user's mistake, 130 after Ctrl-C."""
+    """Exit code of a command: 2 with one line for a user's mistake, 1 where the system failed, 130 after Ctrl-C."""
     arguments, unknown = parser.parse_known_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module="dragdiff")  # other libraries' notes are not for our users
+        warnings.filterwarnings("default", category=UserWarning, module="dragdiff")  # not other libraries' notes
         warnings.showwarning = _note
         try:
             if unknown:
@@ -113,6 +113,9 @@ def run(
         except UserError as error:
             print(f"dragdiff: {error}", file=sys.stderr)
             return 2
+        except OSError as error:  # a full disk, a folder taken away under way
+            print(f"dragdiff: {error}; what was finished before is kept", file=sys.stderr)
+            return 1
         except KeyboardInterrupt as interrupt:
             print(f"dragdiff: interrupted {interrupt}".rstrip(), file=sys.stderr)
             return 130

@@ -531,18 +531,13 @@ class Editor:
             "image": cache.digest(image=sample.image),
             "prompt": sample.prompt,
             "seed": self.config.seed,
-            "model": self._model_fingerprint(),
-            "precision": f"{self.config.model.dtype}, autocast {self.autocast}, {self.backbone.device.type}",
-        }
-
-    def _model_fingerprint(self) -> str:
-        if not hasattr(self, "_fingerprint"):
-            self._fingerprint = cache.digest(
+            "model": cache.digest(
                 weights=cache.fingerprint(*self.backbone.modules),
                 prediction=self.backbone.prediction_type,
                 noise=self.backbone.scheduler(1).alphas_cumprod.numpy(),
-            )
-        return self._fingerprint
+            ),
+            "precision": f"{self.config.model.dtype}, autocast {self.autocast}, {self.backbone.device.type}",
+        }
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:

@@ -290,7 +290,7 @@ def only_bin(copy: Path, part: str) -> None:
 
 
 SPOILED = {
-    "no model_index.json": (lambda c: (c / "model_index.json").unlink(), "no model_index.json"),
+    "no model_index.json": (lambda c: (c / "model_index.json").unlink(), "no model_index.json in it"),
     "an index that is no JSON": (lambda c: (c / "model_index.json").write_text("{"), "cannot read .*model_index"),
     "an index that is a list": (lambda c: (c / "model_index.json").write_text("[]"), "cannot read .*model_index"),
     "SDXL": (lambda c: change(c / "model_index.json", _class_name="StableDiffusionXLPipeline"), "XLPipeline: only"),
@@ -455,10 +455,11 @@ def test_a_hub_model_is_checked_like_a_folder(copy, no_network):
         check_model(settings("someone/flux"))
 
 
-@pytest.mark.parametrize("cached", ["nothing", "configurations"])
+@pytest.mark.parametrize("cached", ["nothing", "a tokenizer", "configurations"])
 def test_a_hub_that_does_not_answer_is_given_up_soon(tiny_sd, no_network, tmp_path, cached):
-    if cached == "configurations":
-        part = shutil.copytree(tiny_sd, tmp_path / "part", ignore=shutil.ignore_patterns("*.safetensors"))
+    if cached != "nothing":
+        without = ["*.safetensors"] if cached == "configurations" else ["unet", "vae", "model_index.json"]
+        part = shutil.copytree(tiny_sd, tmp_path / "part", ignore=shutil.ignore_patterns(*without))
         put_into_cache(no_network.cache, "someone/tiny", part)
     start = time.perf_counter()
     with pytest.raises(UserError, match=r"the hub does not answer.*hf download someone/tiny") as caught:

@@ -659,3 +659,15 @@ def test_long_stages_say_something_now_and_then(monkeypatch, capsys):
         bars("drag", step, 100, "5.0 px left")
     lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
     assert lines == [f"drag: {step}/100 steps, 5.0 px left ({step}.0 s)" for step in (31, 62, 93, 100)]
+
+
+def test_a_full_disk_is_one_line(settings, place, monkeypatch, capsys):
+    from dragdiff import output
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "outputs/pic/edited.png")
+
+    monkeypatch.setattr(output, "save", full)
+    assert main_edit([*settings, "image=pic.png", POINTS]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in line and "edited.png" in line and "Traceback" not in line

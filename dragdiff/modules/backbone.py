@@ -31,6 +31,7 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # the
 NOISE_SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"
 )  # fmt: skip
+CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 HUB_TIMEOUT = 5.0  # s until a hub that does not answer is given up
 
 
@@ -313,7 +314,7 @@ def _check_folder(folder: Path, config: ModelConfig, *, weights: bool) -> None:
     """What the configurations of a diffusers pipeline tell; with `weights`, also whether those are there."""
     if not (folder / "model_index.json").is_file():
         raise UserError(
-            f"model.path is {config.path!r}: the folder has no model_index.json, so it is no diffusers pipeline"
+            f"model.path is {config.path!r}: there is no model_index.json in it, so it is no diffusers pipeline"
         )
     index = _read_json(folder / "model_index.json")
     kind = index.get("_class_name")
@@ -390,7 +391,7 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _hub_folder(name: str, revision: str) -> Path:
+def _hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) -> Path:
     """Where the hub's cache holds a model; its configurations are fetched if they are not there.
 
     What is there is taken without asking the hub. A hub that does not answer is given up after seconds, not minutes.
@@ -402,12 +403,18 @@ def _hub_folder(name: str, revision: str) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+        folder = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+        if all((folder / file).is_file() for file in needed):
+            return folder
     except LocalEntryNotFoundError:
-        _ask_hub(name, revision)
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json"]))
+        pass
     except HFValidationError:
         raise UserError(f"no model {name!r}: it is no file, folder or hub id") from None
+    _ask_hub(name, revision)
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json"]))
+    except Exception as error:
+        raise UserError(f"fetching {name} from the hub failed: {' '.join(str(error).split())[:200]}") from error
 
 
 def _ask_hub(name: str, revision: str) -> None:
@@ -500,11 +507,13 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
 
 def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **settings: Any) -> Any:
     """A pipeline or model from a file, a folder, the hub's cache or, where that lacks it, the hub."""
+    from diffusers import AutoencoderKL
+
     path = _local(name)
     if path and path.is_file():
         return from_file(path, **settings)
     settings["use_safetensors"] = True  # None would fall back to pickled weights
-    folder = path or _hub_folder(name, revision)
+    folder = path or _hub_folder(name, revision, needed=["config.json"] if kind is AutoencoderKL else CONFIGS)
     weights = folder if (folder / "config.json").is_file() else folder / "unet"
     halves = all(".fp16." in file.name for file in weights.glob("*.safetensors"))
     try:
