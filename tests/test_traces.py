@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRACES
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -48,7 +48,6 @@ SCENES = {
     "gen256_g1": "",
 }
 FEATURES = ["mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2", "up_blocks.3"]  # by the reference's index
-PLAIN = ("idx2_inv05",)  # runs with the published code's own attention arithmetic, the others with diffusers' default
 
 
 def load(case: str) -> dict[str, np.ndarray]:
@@ -143,7 +142,7 @@ def spy(patch: pytest.MonkeyPatch, owner: object, name: str) -> list:
     return results
 
 
-@pytest.fixture(scope="module", params=SCENES)
+@pytest.fixture(scope="module", params=[pytest.param(case, marks=pytest.mark.slow) for case in SCENES])
 def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
     case = request.param
     trace = load(case)
@@ -183,7 +182,6 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
 
     for module in backbone.modules:
         module.requires_grad_(False)
-    backbone.network.set_attn_processor(AttnProcessor() if case in PLAIN else AttnProcessor2_0())
     editor = Editor(load_config(overrides=overrides), backbone)
     recorder = Recorder(recorded(trace, "latent", trace["drag_steps_done"] - 1))
     with pytest.MonkeyPatch.context() as patch:
@@ -246,16 +244,23 @@ def test_points_and_mask(replay):
         np.testing.assert_array_equal(1 - drag.mask.keep, trace["mask_latent"])
 
 
-def test_first_forward(replay):
-    """Output and features of the recorded latent, and the latent one step down."""
+@pytest.mark.parametrize("attention", ["fused", "plain"])
+def test_first_forward(replay, attention):
+    """Output and features of the recorded latent, and the latent one step down, with either kind of attention."""
     trace, backbone = replay.trace, replay.editor.backbone
     blocks = [backbone.feature_block(name) for name in replay.editor.config.drag.features]
     rows = replay.source.expand(len(replay.embeddings), -1, -1, -1)
-    with torch.no_grad(), replay.model():
-        output, (features,) = forward_with_features(
-            lambda: backbone.predict(rows, replay.t, replay.embeddings), blocks, need_output=True
-        )
-        guided, _ = replay.drag.probe(replay.source, True)
+    fused = dict(backbone.network.attn_processors)
+    try:
+        if attention == "plain":  # the published code's own arithmetic
+            backbone.network.set_attn_processor(AttnProcessor())
+        with torch.no_grad(), replay.model():
+            output, (features,) = forward_with_features(
+                lambda: backbone.predict(rows, replay.t, replay.embeddings), blocks, need_output=True
+            )
+            guided, _ = replay.drag.probe(replay.source, True)
+    finally:
+        backbone.network.set_attn_processor(fused)
     near(output, trace["unet_out_0"], FORWARD)
     near(features[:, ::4], trace["F0_raw"], FORWARD)
     grid = tuple(side // 2 for side in replay.sample.image.shape[:2])
