@@ -1,13 +1,17 @@
 """Edits replayed against traces of the published DragDiffusion code (see data/traces/README.md).
 
-Each case runs once through `Editor.edit`, with a callback that watches. Beside that, single drag steps start from the
-recorded latent and handles, so that what one step computes is compared by itself, whatever came before.
+Each case runs once, unbroken, through `Editor.edit`, with a callback that watches. The text embedding and the latent at
+the drag's timestep are compared and then replaced by the recorded ones, and the drag has the plain attention that the
+traces were made with: otherwise rounding upstream decides signs downstream. Beside that, single drag steps with the
+default attention start from the recorded latent and handles, and edits run with nothing replaced.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -24,6 +28,7 @@ from dragdiff.config import load_config
 from dragdiff.editor import EditResult
 from dragdiff.models.drag import LatentDrag
 from dragdiff.modules import ddim, lora, motion, tracking
+from dragdiff.modules.backbone import Backbone
 from dragdiff.modules.features import FeatureMap, forward_with_features
 
 # What rounding may change: another processor or version of a library, fused instead of plain attention.
@@ -32,11 +37,13 @@ LOSS = 1e-4  # relative
 LATENT = 1e-4
 FINAL = 1e-3  # after all denoising steps
 DECIDED = 1e-3  # a tracked position is unique when the runner-up's distance is larger by this
-# Both losses are L1 norms: where an argument is zero but for rounding, the gradient's sign is open, and Adam makes a
-# step of full size of it. Two runs that are both right so go apart sooner or later, by up to 2 lr in a part of the
-# entries: seen from the sixth step on. Up to here the whole is compared, from here on single steps and what most
-# entries do.
-FREE_STEPS = 3
+# Adam's first step moves every entry by lr times the sign of its gradient: below this share of the largest gradient
+# rounding decides the sign. Of 4096 entries that is two in one case, one in another, none in the rest.
+OPEN_SIGN = 1e-5
+# The mask term's gradient is the sign of its argument. In the seventh step of this case 5 of the 1,912 arguments are
+# smaller than 1e-5, one of them comes out with the other sign on another processor, and the latents go apart by up to
+# 2 lr: from there on the steps are compared one by one, and the denoising starts from the recorded latent.
+SIGN_FLIPS = {"lora256": 6}
 
 SCENES = {
     "nomask256": "scene256.png",
@@ -58,15 +65,21 @@ def load(case: str) -> dict[str, np.ndarray]:
 class Recorder(DragCallback):
     """Watches the drag: what each step had before its update, and what came of it.
 
-    At the end it puts the recorded latent in the dragged one's place: the denoising is compared by itself.
+    Args:
+        plain: the backbone that has plain attention during the drag.
+        final: put in the dragged latent's place at the end.
     """
 
-    def __init__(self, final: Tensor) -> None:
+    def __init__(self, plain: Backbone | None = None, final: Tensor | None = None) -> None:
         self.final = final
+        self.plain = plain_attention(plain) if plain else nullcontext()
         self.handles: list[Tensor] = []
         self.losses: list[dict[str, float]] = []
         self.gradients: list[Tensor] = []
         self.latents: list[Tensor] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: LatentDrag) -> None:
+        self.plain.__enter__()
 
     def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
         self.handles.append(module.handles.clone())
@@ -80,7 +93,9 @@ class Recorder(DragCallback):
 
     @torch.no_grad()
     def on_train_end(self, trainer: L.Trainer, module: LatentDrag) -> None:
-        module.latent.copy_(self.final)
+        self.plain.__exit__(None, None, None)
+        if self.final is not None:
+            module.latent.copy_(self.final)
 
 
 @dataclass
@@ -89,7 +104,7 @@ class Replay:
 
     case: str
     trace: dict[str, np.ndarray]
-    settings: dict[str, object]
+    settings: dict[str, Any]
     editor: Editor
     sample: EditSample
     result: EditResult
@@ -130,21 +145,20 @@ def recorded(trace: dict[str, np.ndarray], key: str, index: int) -> Tensor:
     return entry if entry.ndim == 4 else entry[None]
 
 
-def spy(patch: pytest.MonkeyPatch, owner: object, name: str) -> list:
-    """Keep what a function returns at each call; what it does stays the same."""
+def spy(patch: pytest.MonkeyPatch, owner: object, name: str, instead: Callable[[Any], Any] | None = None) -> list:
+    """Keep what a function returns at each call; what its caller gets stays the same, or is made by `instead`."""
     results, original = [], getattr(owner, name)
 
     def call(*args, **kwargs):
         results.append(original(*args, **kwargs))
-        return results[-1]
+        return instead(results[-1]) if instead else results[-1]
 
     patch.setattr(owner, name, call)
     return results
 
 
-@pytest.fixture(scope="module", params=[pytest.param(case, marks=pytest.mark.slow) for case in SCENES])
-def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
-    case = request.param
+def case_of(case: str, tiny_sd: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], EditSample, list[str]]:
+    """(trace, the published code's settings, sample, overrides) of a case."""
     trace = load(case)
     settings = json.loads(str(trace["settings_json"]))
     if case in ("skip_break256", "idx2_inv05"):  # the same picture, inverted in the same way
@@ -177,17 +191,35 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
         image = np.zeros((settings["h"], settings["w"], 3), np.uint8)  # the drag takes the generation's own latent
     else:
         image = np.asarray(Image.open(TRACES / SCENES[case]))
-    points = trace["points_xy"].reshape(-1, 2, 2)
-    sample = EditSample(image, settings["prompt"], points, trace.get("mask"), case)
+    sample = EditSample(image, settings["prompt"], trace["points_xy"].reshape(-1, 2, 2), trace.get("mask"), case)
+    return trace, settings, sample, overrides
+
+
+@pytest.fixture(scope="module", params=[pytest.param(case, marks=pytest.mark.slow) for case in SCENES])
+def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
+    case = request.param
+    trace, settings, sample, overrides = case_of(case, tiny_sd)
+    editor = Editor(load_config(overrides=overrides), backbone)
+    steps = editor.drag_steps_of_schedule
+    index = 50 - steps if settings.get("gen") else steps
+    start = recorded(trace, "path", index)
+
+    def with_recorded_embedding(embeddings: Tensor) -> Tensor:
+        return torch.from_numpy(load("gen256")["embedding"])[-len(embeddings) :]
+
+    def with_recorded_start(path: list[Tensor]) -> list[Tensor]:
+        whole = len(path) == (51 if settings.get("gen") else steps + 1) and len(path[0]) == 1
+        return [*path[:index], start, *path[index + 1 :]] if whole else path  # else it is the denoising's
 
     for module in backbone.modules:
         module.requires_grad_(False)
-    editor = Editor(load_config(overrides=overrides), backbone)
-    recorder = Recorder(recorded(trace, "latent", trace["drag_steps_done"] - 1))
+    flips = case in SIGN_FLIPS
+    final = recorded(trace, "latent", trace["drag_steps_done"] - 1) if flips else None
+    recorder = Recorder(backbone, final)
     with pytest.MonkeyPatch.context() as patch:
-        embedded = spy(patch, backbone, "embed")
-        inverted = spy(patch, ddim, "invert")
-        sampled = spy(patch, ddim, "sample")  # the generation, if there is one, then the denoising
+        embedded = spy(patch, backbone, "embed", with_recorded_embedding)
+        inverted = spy(patch, ddim, "invert", with_recorded_start)
+        sampled = spy(patch, ddim, "sample", with_recorded_start)  # the generation, if any, then the denoising
         result = editor.edit(sample, callbacks=[recorder])
     yield Replay(
         case=case,
@@ -201,6 +233,17 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
         path=inverted[0] if inverted else sampled[0],
         denoising=sampled[-1],
     )
+
+
+@contextmanager
+def plain_attention(backbone: Backbone) -> Iterator[None]:
+    """The published code's own arithmetic, instead of torch's fused kernel."""
+    fused = dict(backbone.network.attn_processors)
+    backbone.network.set_attn_processor(AttnProcessor())
+    try:
+        yield
+    finally:
+        backbone.network.set_attn_processor(fused)
 
 
 def near(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray, tolerance: float) -> None:
@@ -250,17 +293,11 @@ def test_first_forward(replay, attention):
     trace, backbone = replay.trace, replay.editor.backbone
     blocks = [backbone.feature_block(name) for name in replay.editor.config.drag.features]
     rows = replay.source.expand(len(replay.embeddings), -1, -1, -1)
-    fused = dict(backbone.network.attn_processors)
-    try:
-        if attention == "plain":  # the published code's own arithmetic
-            backbone.network.set_attn_processor(AttnProcessor())
-        with torch.no_grad(), replay.model():
-            output, (features,) = forward_with_features(
-                lambda: backbone.predict(rows, replay.t, replay.embeddings), blocks, need_output=True
-            )
-            guided, _ = replay.drag.probe(replay.source, True)
-    finally:
-        backbone.network.set_attn_processor(fused)
+    with torch.no_grad(), replay.model(), plain_attention(backbone) if attention == "plain" else nullcontext():
+        output, (features,) = forward_with_features(
+            lambda: backbone.predict(rows, replay.t, replay.embeddings), blocks, need_output=True
+        )
+        guided, _ = replay.drag.probe(replay.source, True)
     near(output, trace["unet_out_0"], FORWARD)
     near(features[:, ::4], trace["F0_raw"], FORWARD)
     grid = tuple(side // 2 for side in replay.sample.image.shape[:2])
@@ -349,7 +386,7 @@ def test_handles(replay):
 
 
 def test_losses_and_gradients(replay):
-    trace, free = replay.trace, slice(FREE_STEPS)
+    trace, free = replay.trace, slice(SIGN_FLIPS.get(replay.case))
     for name, key in (("loss", "total"), ("motion", "motion"), ("mask", "mask")):
         actual = [step[f"drag/{name}"] for step in replay.recorder.losses]
         np.testing.assert_allclose(actual[free], trace[f"loss_{key}_seq"][free], rtol=LOSS)
@@ -357,12 +394,20 @@ def test_losses_and_gradients(replay):
     np.testing.assert_allclose(norms[free], trace["grad_norm_seq"][free], rtol=LOSS)
 
 
+def open_signs(replay: Replay) -> Tensor:
+    """Entries of the latent whose first update rounding decides, (C, h, w) bool."""
+    gradient = recorded(replay.trace, "grad", 0)[0].abs()
+    return gradient < OPEN_SIGN * gradient.max()
+
+
 def test_latents(replay):
+    free = open_signs(replay)
+    assert free.sum() == {"skip_break256": 2, "gen256": 1}.get(replay.case, 0)
     for step in replay.trace["latent_idx"]:
-        difference = (replay.recorder.latents[step] - recorded(replay.trace, "latent", step)).abs()
-        assert difference.max() <= 2 * replay.settings["latent_lr"]
-        # a few also in the first step, where a gradient is zero but for rounding
-        assert (difference > LATENT).float().mean() < (0.002 if step < FREE_STEPS else 0.25)
+        actual, expected = replay.recorder.latents[step][0], recorded(replay.trace, "latent", step)[0]
+        flipped = step >= SIGN_FLIPS.get(replay.case, len(replay.recorder.latents))
+        near(actual[~free], expected[~free], 2 * replay.settings["latent_lr"] if flipped else LATENT)
+        near(actual[free], expected[free], 2 * replay.settings["latent_lr"])
 
 
 def test_end_of_the_drag(replay):
@@ -376,12 +421,11 @@ def test_end_of_the_drag(replay):
 
 
 def test_denoising_of_both_branches(replay):
-    trace, path = replay.trace, replay.denoising
+    trace, path, free = replay.trace, replay.denoising, open_signs(replay)
     assert len(path) == replay.editor.drag_steps_of_schedule + 1 == trace["denoise_idx"][-1] + 1
-    near(path[0], torch.cat([replay.source, recorded(trace, "latent", trace["drag_steps_done"] - 1)]), LATENT)
     for place, index in enumerate(trace["denoise_idx"]):
         near(path[index][0], trace["denoise_ref"][place], FINAL)
-        near(path[index][1], trace["denoise_edit"][place], FINAL)
+        near(path[index][1][~free], torch.from_numpy(trace["denoise_edit"][place])[~free], FINAL)
 
 
 def test_picture(replay):
@@ -395,3 +439,17 @@ def same_picture(actual: np.ndarray, expected: np.ndarray) -> None:
     difference = np.abs(actual.astype(int) - expected.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["idx2_inv05", "odd250x331"])
+def test_edit_as_users_run_it(case, backbone, tiny_sd):
+    """Nothing recorded goes in and attention is fused: rounding happens to leave the signs of these cases alone."""
+    trace, _, sample, overrides = case_of(case, tiny_sd)
+    recorder = Recorder()
+    result = Editor(load_config(overrides=overrides), backbone).edit(sample, callbacks=[recorder])
+    for step in trace["latent_idx"]:
+        near(recorder.latents[step], recorded(trace, "latent", step), LATENT)
+    np.testing.assert_array_equal(recorder.drag.handles, trace["handles_final"])
+    step = int(trace["picture_step"])
+    same_picture(result.image[::step, ::step], trace["picture"])
