@@ -219,7 +219,7 @@ def _each_sample(
     output.check_writable(jobs[0][0])
     check_login(config.logger)
 
-    from dragdiff.modules.backbone import check_model
+    from dragdiff.modules.loading import check_model
 
     check_model(config.model)
 

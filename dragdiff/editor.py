@@ -16,9 +16,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from lightning.pytorch.loggers import Logger
-from PIL import Image
 from torch import Tensor
 
 from dragdiff import cache
@@ -28,19 +26,13 @@ from dragdiff.config import Config, check, load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
 from dragdiff.models.drag import LatentDrag, MaskTerm
-from dragdiff.models.lora import LoRAFinetune, Posterior, check_resume, seeded_noise
+from dragdiff.models.lora import LoRAFinetune, check_resume, crops, seeded_noise
 from dragdiff.models.trainer import fit
 from dragdiff.modules import attention, ddim, lora, motion, points, tracking
-from dragdiff.modules.backbone import (
-    Backbone,
-    feature_block,
-    freeu,
-    load_backbone,
-    resolve_autocast,
-    self_attention_layers,
-    skeleton,
-)
+from dragdiff.modules.backbone import Backbone, feature_block, freeu, self_attention_layers
 from dragdiff.modules.features import FeatureMap, combine_guidance, forward_with_features
+from dragdiff.modules.images import to_tensor, to_uint8
+from dragdiff.modules.loading import load_backbone, resolve_autocast, skeleton
 
 Report = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, note
 PREVIEW_LATENT = 32  # previews are decoded from a latent of at most this side
@@ -168,6 +160,11 @@ class Editor:
                 source = generated[len(generated) - 1 - self.drag_steps_of_schedule]
             else:
                 source = self._invert(sample, embeddings)
+            if not torch.isfinite(source).all():
+                raise UserError(
+                    f"the latent at the drag's timestep is not finite: with model.dtype={self.config.model.dtype} and "
+                    f"autocast {self.autocast} the model overflows; use model.dtype=fp32 model.autocast=none"
+                )
             drag, trajectory, frames = self._drag(sample, source, embeddings, keep, folder, logger, callbacks)
             image = self._denoise(sample, source, drag.latent.detach(), embeddings, scheduler)
         to_px = {"image_size": sample.image.shape[:2], "grid": self._grid(sample)}
@@ -273,7 +270,9 @@ class Editor:
             check_resume(resume, settings=inputs, steps=settings.steps)
         with self._frozen(), self._stage("LoRA", settings.steps) as advance:
             with torch.no_grad():
-                posterior, latent_shape, slack = self._crops(sample)
+                posterior, latent_shape, slack = crops(
+                    backbone, sample.image, resolution=settings.resolution, encode_each=settings.crop == "pixel"
+                )
                 embedding = backbone.embed([sample.prompt])
             draw = seeded_noise(
                 seed=self.config.seed,
@@ -317,41 +316,6 @@ class Editor:
         if not all(torch.isfinite(up).all() for up in trained.up.values()):
             raise UserError(f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}")
         return trained
-
-    def _crops(self, sample: EditSample) -> tuple[Posterior, tuple[int, int, int], tuple[int, int]]:
-        """How the LoRA sees the picture: posterior of crops, shape of one crop's latent, how far corners can go."""
-        settings, backbone = self.config.lora, self.backbone
-        height, width = sample.image.shape[:2]
-        scale = settings.resolution / min(height, width)
-        # the short side exactly, the long one rounded down, as torchvision's Resize does
-        size = (
-            (settings.resolution, int(settings.resolution * width / height))
-            if height <= width
-            else (int(settings.resolution * height / width), settings.resolution)
-        )
-        picture = Image.fromarray(sample.image)
-        if scale != 1:
-            picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        pixels = to_tensor(np.asarray(picture)).to(backbone.device)
-        crop = settings.resolution
-        if settings.crop == "pixel" and size[0] != size[1]:
-
-            def posterior(corners: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-                batch = torch.cat([pixels[:, :, top : top + crop, left : left + crop] for top, left in corners])
-                with torch.no_grad():
-                    return backbone.encode(batch)
-
-            channels, side = backbone.latent_channels, backbone.latent_size(crop, crop)
-            return posterior, (channels, *side), (size[0] - crop, size[1] - crop)
-
-        mean, std = backbone.encode(pixels)
-        side_h, side_w = backbone.latent_size(crop, crop)
-
-        def cut(latent: Tensor, corners: list[tuple[int, int]]) -> Tensor:
-            return torch.cat([latent[:, :, top : top + side_h, left : left + side_w] for top, left in corners])
-
-        slack = (mean.shape[2] - side_h, mean.shape[3] - side_w)
-        return lambda corners: (cut(mean, corners), cut(std, corners)), (mean.shape[1], side_h, side_w), slack
 
     def _invert(self, sample: EditSample, embeddings: Tensor) -> Tensor:
         """The picture's latent at the drag's timestep, by DDIM inversion."""
@@ -581,16 +545,6 @@ def guide(output: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): (2B, ...) negative then positive -> (B, ...)."""
     negative, positive = output.chunk(2)
     return negative + guidance * (positive - negative)
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (1, 3, H, W) float32 in [-1, 1]."""
-    return rearrange(torch.from_numpy(np.array(image)).float() / 127.5 - 1, "h w c -> 1 c h w")
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """(1, 3, H, W) in [0, 1] -> (H, W, 3) uint8, cut off, not rounded, as the reference does."""
-    return (rearrange(images[0], "c h w -> h w c").clamp(0, 1) * 255).to(torch.uint8).cpu().numpy()
 
 
 def peak_memory_mb(device: torch.device) -> float:

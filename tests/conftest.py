@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dragdiff.config import load_config
-from dragdiff.modules.backbone import StableDiffusion, load_backbone
+from dragdiff.modules.backbone import StableDiffusion
+from dragdiff.modules.loading import load_backbone
 
 TRACES = Path(__file__).parent / "data" / "traces"
 

@@ -15,7 +15,7 @@ from dragdiff.config import load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.editor import Editor
 from dragdiff.errors import UserError
-from dragdiff.modules.backbone import load_backbone
+from dragdiff.modules.loading import load_backbone
 
 
 def save(value, folder):

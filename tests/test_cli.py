@@ -23,7 +23,7 @@ from dragdiff.cli import main, main_edit, main_train
 from dragdiff.config import Config, load_config, walk
 from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
-from dragdiff.modules.backbone import load_backbone
+from dragdiff.modules.loading import load_backbone
 
 ROOT = Path(__file__).parent.parent
 POINTS = "points=[[[8,8],[20,8]]]"

@@ -282,3 +282,10 @@ def test_a_cached_lora_is_used_for_exactly_what_it_was_trained_for(backbone, tmp
         assert finetune(SAMPLE)
     finally:
         weight.data.copy_(before)
+
+
+def test_a_latent_that_is_not_finite_is_no_fault_of_the_drag(backbone, monkeypatch):
+    encode = backbone.encode
+    monkeypatch.setattr(backbone, "encode", lambda images: tuple(part / 0 for part in encode(images)))
+    with pytest.raises(UserError, match=r"not finite.*use model\.dtype=fp32"):
+        Editor(load_config(overrides=[*QUICK, "lora.steps=0"]), backbone).edit(SAMPLE)

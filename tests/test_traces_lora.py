@@ -15,6 +15,7 @@ from dragdiff import Editor, EditSample
 from dragdiff.config import load_config
 from dragdiff.models.lora import LoRAFinetune, Noise
 from dragdiff.modules import lora
+from dragdiff.modules.images import to_tensor
 
 STEPS, BATCH, RANK, LR = 5, 4, 16, 5e-4
 PROMPT = "a photo of a red circle on the hill"
@@ -120,7 +121,7 @@ def test_published_file_is_read(final):
 
 def test_posterior(backbone, trace):
     """Mean and standard deviation of the picture's latent, which the trace has before scaling."""
-    image = dragdiff.editor.to_tensor(np.asarray(Image.open(TRACES / "scene512.png")))
+    image = to_tensor(np.asarray(Image.open(TRACES / "scene512.png")))
     with torch.no_grad():
         mean, std = backbone.encode(image)
     scale = backbone.pipeline.vae.config.scaling_factor

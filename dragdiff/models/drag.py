@@ -16,7 +16,7 @@ from dragdiff.modules.features import FeatureMap
 # latent (1, C, h, w), whether the network's output is needed -> (output or None, features)
 Probe = Callable[[Tensor, bool], tuple[Tensor | None, FeatureMap]]
 
-DIVERGED = 100.0  # no entry of a latent at any noise level comes near this
+DIVERGED = 1000.0  # latents have entries of some units, with strong guidance of some tens
 
 
 @dataclass(frozen=True)

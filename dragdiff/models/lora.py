@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from dragdiff.errors import UserError
 from dragdiff.modules import lora as lora_module
 from dragdiff.modules.backbone import Backbone
+from dragdiff.modules.images import to_tensor
 
 Draw = Callable[[int], "Noise"]
 Posterior = Callable[[list[tuple[int, int]]], tuple[Tensor, Tensor]]
@@ -66,6 +69,51 @@ def seeded_noise(
         return Noise(corners, posterior, noise, timesteps)
 
     return draw
+
+
+def crops(
+    backbone: Backbone, image: np.ndarray, *, resolution: int, encode_each: bool
+) -> tuple[Posterior, tuple[int, int, int], tuple[int, int]]:
+    """How the fine-tune sees a picture: resized so that its short side is `resolution`, then cropped square.
+
+    Args:
+        image: (H, W, 3) uint8.
+        encode_each: encode the crops of each step, as the reference does; otherwise the whole picture is encoded once
+            and crops are cut from its latent.
+
+    Returns:
+        (posterior of the crops at given corners, shape (C, h, w) of one crop's latent, how far corners can go (down,
+        right)). Corners are in px with `encode_each`, else in latent px.
+    """
+    height, width = image.shape[:2]
+    # the short side exactly, the long one rounded down, as torchvision's Resize does
+    size = (
+        (resolution, int(resolution * width / height))
+        if height <= width
+        else (int(resolution * height / width), resolution)
+    )
+    picture = Image.fromarray(image)
+    if min(height, width) != resolution:
+        picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    pixels = to_tensor(np.asarray(picture)).to(backbone.device)
+    side = backbone.latent_size(resolution, resolution)
+    if encode_each and size[0] != size[1]:
+
+        def encoded(corners: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+            batch = [pixels[:, :, top : top + resolution, left : left + resolution] for top, left in corners]
+            with torch.no_grad():
+                return backbone.encode(torch.cat(batch))
+
+        return encoded, (backbone.latent_channels, *side), (size[0] - resolution, size[1] - resolution)
+
+    with torch.no_grad():
+        mean, std = backbone.encode(pixels)
+
+    def cut(latent: Tensor, corners: list[tuple[int, int]]) -> Tensor:
+        return torch.cat([latent[:, :, top : top + side[0], left : left + side[1]] for top, left in corners])
+
+    slack = (mean.shape[2] - side[0], mean.shape[3] - side[1])
+    return lambda corners: (cut(mean, corners), cut(std, corners)), (mean.shape[1], *side), slack
 
 
 class LoRAFinetune(L.LightningModule):

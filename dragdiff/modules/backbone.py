@@ -5,34 +5,21 @@ Everything else in the package talks to `Backbone`, so that another architecture
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError
-from dragdiff.modules import single_file
 
-if TYPE_CHECKING:
-    from dragdiff.config import ModelConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "embedded-sd"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # the same parts; others need more
 NOISE_SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"
 )  # fmt: skip
-CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-HUB_TIMEOUT = 5.0  # s until a hub that does not answer is given up
 
 
 class Backbone(ABC):
@@ -227,111 +214,6 @@ def self_attention_layers(unet: Any) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------- loading
-
-
-def resolve_device(name: str) -> torch.device:
-    """A torch device; "auto" takes cuda, then mps, then cpu.
-
-    Raises:
-        UserError: not a device, or not here.
-    """
-    if name == "auto":
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(best)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"model.device is {name!r}: it must be auto, cpu, cuda, cuda:N or mps") from None
-    here = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not here.get(device.type, False):
-        raise UserError(
-            f"model.device is {name!r}: this machine or this build of torch has none; use model.device=auto"
-        )
-    return device
-
-
-def resolve_autocast(name: str, *, device: torch.device, dtype: str) -> str:
-    """Which mixed precision "auto" means: the reference's fp16 with loss scaling on CUDA, none elsewhere.
-
-    Raises:
-        UserError: fp16 mixed precision, which needs loss scaling, was asked for away from CUDA.
-    """
-    if name == "auto":
-        return "fp16" if device.type == "cuda" and dtype != "bf16" else "none"
-    if name == "fp16" and device.type != "cuda":
-        raise UserError(
-            f"model.autocast=fp16 needs CUDA, the device is {device.type}: use model.autocast=auto, bf16 or none"
-        )
-    return name
-
-
-def check_model(config: ModelConfig) -> None:
-    """What can be known of the model's settings without loading it.
-
-    Raises:
-        UserError: device, precision, or a local path that is not there.
-    """
-    device = resolve_device(config.device)
-    resolve_autocast(config.autocast, device=device, dtype=config.dtype)
-    if config.path == "embedded" and not EMBEDDED_MODEL.is_dir():
-        raise UserError(f"the embedded model is not in {EMBEDDED_MODEL}: reinstall dragdiff")
-    for key, path in (("model.path", _local(config.path)), ("model.vae", _local(config.vae))):
-        if path and not path.exists():
-            raise UserError(
-                f"{key} is {str(path)!r}: no such file or folder; give a diffusers folder, a .safetensors file or a "
-                "hub id"
-            )
-        if path and path.is_file() and path.suffix != ".safetensors":
-            raise UserError(f"{key} is {str(path)!r}: only .safetensors files are read, never pickled ones")
-    vae = _local(config.vae)
-    if vae and vae.is_dir():
-        _check_weights(vae)
-    path = _local(config.path)
-    if path and path.is_file():
-        if single_file.family(path) == "sd2" and config.prediction == "auto":
-            raise UserError(
-                f"{path} does not say what it predicts: set model.prediction=v_prediction (SD 2.x for 768 px) or "
-                "epsilon (SD 2.x base)"
-            )
-    else:
-        _check_folder(_config_folder(config), config, weights=path is not None)
-
-
-def _config_folder(config: ModelConfig) -> Path:
-    """Where the configurations of the model's components are, in diffusers' layout."""
-    path = _local(config.path)
-    if path is None:
-        return _hub_folder(config.path, config.revision)
-    return single_file.SHIPPED / single_file.family(path) if path.is_file() else path
-
-
-def _check_folder(folder: Path, config: ModelConfig, *, weights: bool) -> None:
-    """What the configurations of a diffusers pipeline tell; with `weights`, also whether those are there."""
-    if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"model.path is {config.path!r}: there is no model_index.json in it, so it is no diffusers pipeline"
-        )
-    index = _read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(f"{config.path} is a {kind}: only Stable Diffusion 1.x and 2.x are supported so far")
-    for part in PARTS:
-        if not (index.get(part) or [None])[0] or not (folder / part).is_dir():
-            raise UserError(f"{config.path} has no {part}: it is incomplete")
-        if weights and part in ("unet", "text_encoder", "vae") and not (part == "vae" and config.vae):
-            _check_weights(folder / part)
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-    if config.prediction != "auto":
-        scheduler["prediction_type"] = config.prediction
-    vae = {} if config.vae else _read_json(folder / "vae" / "config.json")
-    check_configs(config.path, unet=_read_json(folder / "unet" / "config.json"), vae=vae, scheduler=scheduler)
-
-
 def check_configs(name: str, *, unet: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
     """Whether components with these diffusers configurations can be used together.
 
@@ -355,171 +237,3 @@ def check_configs(name: str, *, unet: Mapping[str, Any], vae: Mapping[str, Any],
             f"{name} predicts {prediction!r} with {kind}: only epsilon and v_prediction models with a DDPM noise "
             "schedule can be inverted"
         )
-
-
-def _check_weights(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is no model in diffusers' format")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} has no .safetensors file; pickled weights (.bin, .ckpt) are never read: convert them, "
-            "e.g. by save_pretrained of a pipeline that was loaded from them"
-        )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"cannot read {file}: it must hold a JSON object")
-    return value
-
-
-def _local(path: str) -> Path | None:
-    """The file or folder that a model's path means; None for a hub id or nothing."""
-    if path == "embedded":
-        return EMBEDDED_MODEL
-    local = Path(path).expanduser()
-    return local if path and (local.exists() or _looks_local(path)) else None
-
-
-def _looks_local(path: str) -> bool:
-    return (
-        path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (".safetensors", ".ckpt", ".pt")
-    )
-
-
-def _hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) -> Path:
-    """Where the hub's cache holds a model; its configurations are fetched if they are not there.
-
-    What is there is taken without asking the hub. A hub that does not answer is given up after seconds, not minutes.
-
-    Raises:
-        UserError: no such model or revision, or neither cache nor hub have it.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
-        if all((folder / file).is_file() for file in needed):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
-    except HFValidationError:
-        raise UserError(f"no model {name!r}: it is no file, folder or hub id") from None
-    _ask_hub(name, revision)
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json"]))
-    except Exception as error:
-        raise UserError(f"fetching {name} from the hub failed: {' '.join(str(error).split())[:200]}") from error
-
-
-def _ask_hub(name: str, revision: str) -> None:
-    """Whether the hub answers and has the model.
-
-    Raises:
-        UserError: it does not.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT)
-    except GatedRepoError:
-        raise UserError(f"accept the licence of {name} on its page on the hub, then run `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"no model {name!r}: there is no such file or folder, and the hub has none of that name (a private one "
-            "needs `hf auth login`)"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{name} has no revision {revision!r} on the hub") from None
-    except Exception as error:  # no network: whatever the hub's library and its HTTP client raise
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(
-            f"no model {name!r}: there is no such file or folder, the hub's cache {constants.HF_HUB_CACHE} lacks it or "
-            f"a part of it, and the hub does not answer ({reason}); fetch it once with network, `hf download {name}`"
-        ) from error
-
-
-def skeleton(config: ModelConfig) -> Any:
-    """The model's UNet without weights, to look at its structure before anything is loaded.
-
-    Raises:
-        UserError: as `check_model`.
-    """
-    from diffusers import UNet2DConditionModel
-
-    check_model(config)
-    file = _config_folder(config) / "unet" / "config.json"
-    try:
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(_read_json(file))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} describes no UNet that can be built: {' '.join(str(error).split())[:200]}") from error
-
-
-def _quiet() -> None:
-    """The libraries' own bars and notes on loading (image processors, parts left out) are not for our users."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity(logging.CRITICAL)  # what they log as an error they raise as well
-        library.disable_progress_bar()
-
-
-def load_backbone(config: ModelConfig) -> StableDiffusion:
-    """Load a Stable Diffusion 1.x / 2.x model; a local folder or file needs no network.
-
-    Raises:
-        UserError: no such model, or one that can't be used; says what was looked for and how to get it.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-
-    check_model(config)
-    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    _quiet()
-    try:
-        if config.vae:
-            parts["vae"] = _load(AutoencoderKL, single_file.load_vae, config.vae, "", dtype=dtype)
-        pipeline = _load(
-            StableDiffusionPipeline, single_file.load_pipeline, config.path, config.revision, dtype=dtype, **parts
-        )
-    except UserError:
-        raise
-    except Exception as error:  # damaged or foreign files make the libraries raise nearly anything
-        reason = " ".join(str(error).split(" (")[0].split())[:200].rstrip(".")
-        raise UserError(
-            f"cannot load the model {config.path!r}"
-            + (f" with the autoencoder {config.vae!r}" if config.vae else "")
-            + f": {reason}; give a Stable Diffusion 1.x or 2.x with .safetensors weights"
-        ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    return StableDiffusion(pipeline, name=config.path, prediction=config.prediction)
-
-
-def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **settings: Any) -> Any:
-    """A pipeline or model from a file, a folder, the hub's cache or, where that lacks it, the hub."""
-    from diffusers import AutoencoderKL
-
-    path = _local(name)
-    if path and path.is_file():
-        return from_file(path, **settings)
-    settings["use_safetensors"] = True  # None would fall back to pickled weights
-    folder = path or _hub_folder(name, revision, needed=["config.json"] if kind is AutoencoderKL else CONFIGS)
-    weights = folder if (folder / "config.json").is_file() else folder / "unet"
-    halves = all(".fp16." in file.name for file in weights.glob("*.safetensors"))
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, variant="fp16" if halves else None, **settings)
-    except Exception:  # incomplete in the cache; the libraries say so in many ways
-        if path:
-            raise
-        _ask_hub(name, revision)
-        return kind.from_pretrained(name, revision=revision or None, **settings)

@@ -106,7 +106,8 @@ def save(lora: LoRA, folder: Path) -> Path:
     from peft import LoraConfig
 
     ranks = {path: down.shape[0] for path, down in lora.down.items()}
-    alphas = {path: lora.scale[path] * rank for path, rank in ranks.items()}
+    # 12 digits: 15 / 11 * 11 is not 15
+    alphas = {path: float(f"{lora.scale[path] * rank:.12g}") for path, rank in ranks.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     metadata = LoraConfig(
         r=rank,
