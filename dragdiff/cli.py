@@ -32,6 +32,7 @@ EDIT_HELP = f"""Drag one image, or each sample of a folder; results go to output
   {{prog}} configs/sd15.yaml sample=DragBench/animals
   {{prog}} configs/sd15.yaml generate.enabled=true prompt="a cat"
   {{prog}} outputs/cat/config.yaml          repeats a run
+  dragdiff convert DragBench plain_samples  pickled samples to plain files
 
 Files are merged in order, then key=value settings. Without a file, configs/{DEFAULT_OVERLAY}.yaml is used."""
 TRAIN_HELP = """Fine-tune a LoRA on one image, or on each sample of a folder; results go to outputs/NAME-lora/.
@@ -139,16 +140,10 @@ def edit(arguments: argparse.Namespace) -> int:
 
 
 def _edit_one(editor: Editor, sample: EditSample, folder: Path) -> str:
-    from dragdiff import output
-    from dragdiff.loggers import log_result, open_logger
-
-    with open_logger(editor.config, name=folder.name, folder=folder) as logger:
-        result = editor.edit(sample, folder=folder, logger=logger)
-        files = output.save(result, folder)
-        log_result(logger, output.comparison(result), output.metrics(result))
+    result = editor.edit_and_save(sample, folder)
     reasons = {"reached": "all handles arrived", "steps": "all steps done"}
     lines = [
-        f"wrote {folder}/: " + ", ".join(path.name for path in [*files, folder / "config.yaml"]),
+        f"wrote {folder}/: edited.png, comparison.png, trajectory.gif, metrics.json, config.yaml",
         f"drag: {result.steps} steps, {reasons.get(result.stop_reason, result.stop_reason)}",
     ]
     for number, (before, after) in enumerate(zip(result.distance_before, result.distance_after, strict=True), 1):
@@ -222,6 +217,11 @@ def _each_sample(
     from dragdiff.modules.loading import check_model
 
     check_model(config.model)
+    if config.image and config.model.path == "embedded":
+        warnings.warn(
+            "the embedded model knows only its own drawn scenes; for photographs name a model, e.g. configs/sd15.yaml",
+            stacklevel=2,
+        )
 
     from dragdiff.editor import Editor
 
@@ -285,11 +285,6 @@ def _config(arguments: argparse.Namespace) -> Config:
         if config.model.path != "embedded":
             raise UserError("nothing to edit: give sample=FOLDER, or image=FILE with prompt=... and points=...")
         config.sample = DEFAULT_EXAMPLE
-    if config.image and config.model.path == "embedded":
-        warnings.warn(
-            "the embedded model knows only its own drawn scenes; for photographs name a model, e.g. configs/sd15.yaml",
-            stacklevel=2,
-        )
     # the resolved config must mean the same in any working directory
     config.image, config.mask = _absolute(config.image), _absolute(config.mask)
     for key in ("path", "resume"):
@@ -311,7 +306,7 @@ def _absolute(path: str) -> str:
 def _read(
     config: Config, *, suffix: str, need_points: bool
 ) -> tuple[list[tuple[Config, EditSample]], list[tuple[str, str]]]:
-    """Each sample at its working size, with the config that alone reproduces its run; and those that can't be read."""
+    """Each sample, with the config that alone reproduces its run; and those that can't be read."""
     import numpy as np
 
     from dragdiff.assets import example_folder
@@ -323,7 +318,7 @@ def _read(
         if config.output.name:
             name = f"{config.output.name}-{name}" if many else config.output.name
         if not config.generate.enabled:
-            sample = sample.resized(config.data.max_size)
+            sample.resized(config.data.max_size)  # may get too small
         return replace(config, sample=folder, output=replace(config.output, name=name)), sample
 
     points, mask = config.points or ([] if need_points else ANCHOR), config.mask or None

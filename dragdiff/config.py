@@ -56,7 +56,9 @@ class DataConfig:
     """How a sample is prepared."""
 
     max_size: int = option(
-        0, "longer side at most this many px, points and mask scaled with it; 0 = as it is", at_least(0)
+        0,
+        "work on the picture with its longer side at most this many px; the result has its own size; 0 = as it is",
+        at_least(0),
     )
 
 

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from dragdiff import cache
+from dragdiff import cache, output
 from dragdiff.callbacks import Frames, PointTracking, Progress, Trajectory
 from dragdiff.callbacks.checkpoint import LoRACheckpoint
 from dragdiff.config import Config, check, load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
+from dragdiff.loggers import log_result, open_logger
 from dragdiff.models.drag import LatentDrag, MaskTerm
 from dragdiff.models.lora import LoRAFinetune, check_resume, crops, seeded_noise
 from dragdiff.models.trainer import fit
@@ -43,7 +44,7 @@ class EditResult:
     """An edit and how it came about.
 
     Attributes:
-        sample: what was asked for, at the working size.
+        sample: what was asked for.
         image: the edited picture, (H, W, 3) uint8, of the sample's size.
         trajectory: (K, N, 2) float32, (x, y) in image px: each handle as tracked before each of K steps.
         steps: latent updates done.
@@ -136,7 +137,7 @@ class Editor:
             sample: picture, prompt, point pairs, mask. With `generate.enabled` its picture, of the size that will be
                 generated, does not matter.
             folder: where intermediate frames are written as they come; None keeps them in memory only.
-            logger: a Lightning logger for losses, distances and frames.
+            logger: a Lightning logger for losses, distances and frames (`config.logger` is for `edit_and_save`).
             callbacks: more observers of the drag.
 
         Raises:
@@ -149,34 +150,31 @@ class Editor:
         generated: list[Tensor] = []
         if self.config.generate.enabled:
             picture, generated, scheduler = self._generate(sample.prompt)
-            sample = dataclasses.replace(sample, image=picture)
+            sample = working = dataclasses.replace(sample, image=picture)
         else:
-            sample = sample.resized(self.config.data.max_size)
-        keep = self._keep(sample)
-        adapter = self._named_lora() if self.config.generate.enabled else self.finetune(sample, logger=logger)
+            working = sample.resized(self.config.data.max_size)
+        keep = self._keep(working)
+        adapter = self._named_lora() if self.config.generate.enabled else self.finetune(working, logger=logger)
         with self._frozen(), lora.merged(self.backbone.network, adapter), self._freeu():
             embeddings = self._embeddings(sample.prompt)
             if self.config.generate.enabled:
                 source = generated[len(generated) - 1 - self.drag_steps_of_schedule]
             else:
-                source = self._invert(sample, embeddings)
+                source = self._invert(working, embeddings)
             if not torch.isfinite(source).all():
                 raise UserError(
                     f"the latent at the drag's timestep is not finite: with model.dtype={self.config.model.dtype} and "
                     f"autocast {self.autocast} the model overflows; use model.dtype=fp32 model.autocast=none"
                 )
-            drag, trajectory, frames = self._drag(sample, source, embeddings, keep, folder, logger, callbacks)
+            drag, trajectory, frames = self._drag(sample, working, source, embeddings, keep, folder, logger, callbacks)
             image = self._denoise(sample, source, drag.latent.detach(), embeddings, scheduler)
-        to_px = {"image_size": sample.image.shape[:2], "grid": self._grid(sample)}
         if not trajectory.positions:
             trajectory.positions.append(drag.handles)
-        # the first entry is where the person clicked, not its rounding to the grid
-        tracked = [points.to_image(position, **to_px).numpy() for position in trajectory.positions]
-        tracked[0] = np.asarray(sample.handles, dtype=np.float32)
+        to_px = {"image_size": sample.image.shape[:2], "grid": self._grid(working)}
         return EditResult(
             sample=sample,
             image=image,
-            trajectory=np.stack(tracked),
+            trajectory=self._way(trajectory.positions, sample, working),
             steps=drag.steps_done,
             stop_reason=drag.stop_reason or "steps",
             frames=[(step, picture, points.to_image(handles, **to_px).numpy()) for step, picture, handles in frames],
@@ -184,6 +182,16 @@ class Editor:
             peak_memory_mb=peak_memory_mb(self.backbone.device),
             config=self.config,
         )
+
+    def edit_and_save(self, sample: EditSample, folder: str | Path) -> EditResult:
+        """As `edit`; writes into the folder, and logs as `config.logger` says, all that the command does."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open_logger(self.config, name=folder.name, folder=folder) as logger:
+            result = self.edit(sample, folder=folder, logger=logger)
+            output.save(result, folder)
+            log_result(logger, output.comparison(result), output.metrics(result))
+        return result
 
     def finetune(
         self, sample: EditSample, *, folder: Path | None = None, logger: Logger | None = None
@@ -196,7 +204,7 @@ class Editor:
         Returns:
             None when `lora.steps` is 0 and no file is named.
         """
-        settings = self.config.lora
+        settings, sample = self.config.lora, sample.resized(self.config.data.max_size)
         if settings.path:
             return self._named_lora()
         if settings.steps == 0:
@@ -334,6 +342,7 @@ class Editor:
     def _drag(
         self,
         sample: EditSample,
+        working: EditSample,
         source: Tensor,
         embeddings: Tensor,
         keep: Tensor | None,
@@ -344,7 +353,7 @@ class Editor:
         settings, backbone = self.config.drag, self.backbone
         scheduler = self._scheduler()
         index = len(scheduler.timesteps) - self.drag_steps_of_schedule
-        t, grid, size = scheduler.timesteps[index], self._grid(sample), sample.image.shape[:2]
+        t, grid, size = scheduler.timesteps[index], self._grid(working), working.image.shape[:2]
         alpha = scheduler.alphas_cumprod[int(t)]
         mask = None
         if keep is not None and settings.mask_weight > 0:
@@ -380,12 +389,17 @@ class Editor:
             return to_uint8(backbone.decode(x0) / 2 + 0.5)
 
         trajectory = Trajectory()
-        frames = Frames(preview, every=self.config.output.frames_every, folder=folder and folder / "frames")
+        frames = Frames(
+            preview,
+            draw=lambda picture: output.frame(picture, sample, self._way(trajectory.positions, sample, working)),
+            every=self.config.output.frames_every,
+            folder=folder and folder / "frames",
+        )
         drag = LatentDrag(
             probe,
             latent=source,
-            handles=points.to_grid(torch.tensor(np.asarray(sample.handles)), image_size=size, grid=grid),
-            targets=points.to_grid(torch.tensor(np.asarray(sample.targets)), image_size=size, grid=grid),
+            handles=points.to_grid(torch.tensor(np.asarray(working.handles)), image_size=size, grid=grid),
+            targets=points.to_grid(torch.tensor(np.asarray(working.targets)), image_size=size, grid=grid),
             supervision=_strategy("drag.supervision", settings.supervision, motion.SUPERVISIONS),
             radius=settings.motion_radius,
             stop_distance=settings.stop_distance,
@@ -397,7 +411,7 @@ class Editor:
                 _strategy("drag.tracker", settings.tracker, tracking.TRACKERS),
                 radius=settings.tracking_radius,
             )
-            watching = [trajectory, Progress(advance, px_per_grid=size[0] / grid[0]), *callbacks]
+            watching = [trajectory, Progress(advance, px_per_grid=sample.height / grid[0]), *callbacks]
             if frames.every:
                 watching.append(frames)
             fit(
@@ -451,6 +465,13 @@ class Editor:
 
     def _grid(self, sample: EditSample) -> points.Size:
         return points.grid_size(sample.image.shape[:2], self.config.drag.grid_scale)
+
+    def _way(self, positions: Sequence[Tensor], sample: EditSample, working: EditSample) -> np.ndarray:
+        """Handles on the working size's grid, one (N, 2) for each step, as (K, N, 2), (x, y) in px of the sample."""
+        to_px = {"image_size": sample.image.shape[:2], "grid": self._grid(working)}
+        way = np.stack([points.to_image(position, **to_px).numpy() for position in positions])
+        way[0] = sample.handles  # where the person clicked, not its rounding to the grid
+        return way
 
     def _keep(self, sample: EditSample) -> Tensor | None:
         """1 where the latent may not change, (1, 1, h, w); None without a mask."""

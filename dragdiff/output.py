@@ -134,14 +134,24 @@ def comparison(result: EditResult) -> Image.Image:
 
 
 def animation(result: EditResult) -> list[Image.Image]:
-    """The source, then the intermediate previews with the way that each handle has gone, then the edited picture."""
+    """The source; previews and edited picture with the way that each handle has gone; the edited picture."""
     scale = _scale(result.sample, least=SHOWN_SIDE, most=ANIMATED_SIDE)
-    pictures = [annotated(result.sample, scale=scale)]
-    for step, preview, handles in result.frames:
-        picture = Image.fromarray(preview).resize(pictures[0].size, Image.Resampling.BICUBIC)
-        pairs = np.stack([handles, result.sample.targets], axis=1)
-        pictures.append(_draw(picture, pairs * scale, ways=result.trajectory[: step + 1].swapaxes(0, 1) * scale))
-    return [*pictures, _resized(result.image, scale)]
+    previews = [frame(preview, result.sample, result.trajectory[: step + 1]) for step, preview, _ in result.frames]
+    arrived = frame(result.image, result.sample, result.trajectory)
+    return [annotated(result.sample, scale=scale), *previews, arrived, _resized(result.image, scale)]
+
+
+def frame(picture: np.ndarray, sample: EditSample, trajectory: np.ndarray) -> Image.Image:
+    """A preview or picture (h, w, 3) uint8, enlarged or made smaller to be looked at, with the points on it.
+
+    Args:
+        trajectory: (K, N, 2), (x, y) in px of the sample's image: each handle's way so far.
+    """
+    scale = _scale(sample, least=SHOWN_SIDE, most=ANIMATED_SIDE)
+    size = max(1, round(sample.width * scale)), max(1, round(sample.height * scale))
+    pairs = np.stack([trajectory[-1], sample.targets], axis=1)
+    shown = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+    return _draw(shown, pairs * scale, ways=trajectory.swapaxes(0, 1) * scale)
 
 
 def annotated(sample: EditSample, *, scale: float = 1) -> Image.Image:

@@ -671,3 +671,10 @@ def test_a_full_disk_is_one_line(settings, place, monkeypatch, capsys):
     assert main_edit([*settings, "image=pic.png", POINTS]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in line and "edited.png" in line and "Traceback" not in line
+
+
+def test_bad_input_for_the_embedded_model_is_one_line_too(place, capsys):
+    assert main_edit(["image=missing.png", "prompt=sun", POINTS]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"dragdiff: {Path('missing.png').absolute()} does not exist: check its path"
+    ]

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
 from dragdiff import Editor, EditSample
 from dragdiff.config import load_config
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
 from dragdiff.modules.backbone import StableDiffusion
+from dragdiff.output import HANDLE
 
 QUICK = [
     "cache.enabled=false",
@@ -289,3 +292,33 @@ def test_a_latent_that_is_not_finite_is_no_fault_of_the_drag(backbone, monkeypat
     monkeypatch.setattr(backbone, "encode", lambda images: tuple(part / 0 for part in encode(images)))
     with pytest.raises(UserError, match=r"not finite.*use model\.dtype=fp32"):
         Editor(load_config(overrides=[*QUICK, "lora.steps=0"]), backbone).edit(SAMPLE)
+
+
+def test_the_result_has_the_sources_size(backbone):
+    """The work is done on the smaller picture; what comes out belongs to the one that went in."""
+    image = np.random.default_rng(0).integers(0, 255, (128, 192, 3)).astype(np.uint8)
+    mask = np.zeros((128, 192), np.uint8)
+    mask[16:112, 16:160] = 255
+    sample = EditSample(image, "a cat", [[[40, 40], [120, 80]]], mask, "large")
+    settings = [*QUICK, "drag.steps=4"]
+    large = Editor(load_config(overrides=[*settings, "data.max_size=96"]), backbone).edit(sample)
+    small = Editor(load_config(overrides=settings), backbone).edit(sample.resized(96))
+    assert large.image.shape == image.shape and small.image.shape == (64, 96, 3)
+    np.testing.assert_array_equal(large.trajectory, 2 * small.trajectory)
+    np.testing.assert_array_equal(large.distance_after, 2 * small.distance_after)
+    assert large.sample is sample
+    enlarged = F.interpolate(torch.from_numpy(small.image).permute(2, 0, 1)[None].float(), (128, 192), mode="bilinear")
+    assert (enlarged[0].permute(1, 2, 0) - torch.from_numpy(large.image)).abs().max() < 2  # each cut to whole levels
+
+
+def test_edit_and_save_writes_what_the_command_does(backbone, tmp_path):
+    config = load_config(overrides=[*QUICK, "lora.steps=0", "logger.kind=csv"])
+    result = Editor(config, backbone).edit_and_save(SAMPLE, tmp_path / "out")
+    made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert made >= {"edited.png", "comparison.png", "trajectory.gif", "metrics.json", "log/metrics.csv"}
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "edited.png")), result.image)
+    for step in (0, 1):  # with the points: a red dot on the handle
+        shown = np.asarray(Image.open(tmp_path / "out" / "frames" / f"{step:04d}.png"))
+        scale = shown.shape[0] / 64
+        for x, y in result.trajectory[step]:
+            assert tuple(shown[int(y * scale), int(x * scale)]) == HANDLE

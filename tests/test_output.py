@@ -105,10 +105,13 @@ def test_drawing_changes_neither_sample_nor_result():
 
 
 def test_animation_shows_the_way_so_far():
-    first, *previews, last = output.animation(result_of(sky()))
+    result = result_of(sky())
+    first, *previews, arrived, last = output.animation(result)
     assert len(previews) == 3
-    assert {picture.size for picture in (first, *previews, last)} == {(384, 384)}
+    assert {picture.size for picture in (first, *previews, arrived, last)} == {(384, 384)}
     assert (np.asarray(last) == 100).all()
+    assert near(arrived, *result.trajectory[-1, 0] * 6, output.HANDLE)
+    assert near(arrived, 24 * 6, 20 * 6, output.HANDLE), "the whole way, on the edited picture"
     middle = previews[1]  # after 10 of 29 steps the handle is at 28.3
     assert near(middle, 24 * 6, 20 * 6, output.HANDLE), "the way that it has gone"
     assert near(middle, 28.3 * 6, 20 * 6, output.HANDLE)
@@ -121,13 +124,13 @@ def test_gif_plays(frames, tmp_path):
     output.save(result_of(sky(), frames), tmp_path)
     with Image.open(tmp_path / "trajectory.gif") as gif:
         assert gif.format == "GIF" and gif.size == (384, 384)
-        assert gif.n_frames == frames + 2
+        assert gif.n_frames == frames + 3
         assert gif.info["loop"] == 0
         durations = []
         for index in range(gif.n_frames):
             gif.seek(index)
             durations.append(gif.info["duration"])
-        assert durations == [1000, *[400] * frames, 2000]
+        assert durations == [1000, *[400] * (frames + 1), 2000]
         assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - 100).max() <= 3
 
 

@@ -39,14 +39,26 @@ class Trajectory(DragCallback):
 
 
 class Frames(DragCallback):
-    """A cheap preview of the current latent every N steps: kept, written to disk, sent to W&B.
+    """A cheap preview of the current latent every N steps: kept; with the points, written to disk and sent to W&B.
 
     Attributes:
         frames: (step, preview (h, w, 3) uint8, handles (N, 2) as (row, col) in grid px).
     """
 
-    def __init__(self, preview: Callable[[Tensor], np.ndarray], *, every: int, folder: Path | None = None) -> None:
-        self.preview, self.every, self.folder = preview, every, folder
+    def __init__(
+        self,
+        preview: Callable[[Tensor], np.ndarray],
+        *,
+        draw: Callable[[np.ndarray], Image.Image],
+        every: int,
+        folder: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            preview: (h, w, 3) uint8 of a latent.
+            draw: lays the points over a preview.
+        """
+        self.preview, self.draw, self.every, self.folder = preview, draw, every, folder
         self.frames: list[tuple[int, np.ndarray, Tensor]] = []
 
     @torch.no_grad()
@@ -59,10 +71,10 @@ class Frames(DragCallback):
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with written(self.folder / f"{step:04d}.png") as file:
-                Image.fromarray(picture).save(file)
+                self.draw(picture).save(file)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # W&B
-                logger.log_image("drag/frame", [picture], caption=[f"step {step}"])
+                logger.log_image("drag/frame", [self.draw(picture)], caption=[f"step {step}"])
 
 
 class Progress(L.Callback):

@@ -169,7 +169,7 @@ def load_mask(path: FilePath) -> NDArray[np.bool_]:
 def _open(path: FilePath) -> Image.Image:
     """Decode a file wholly and turn it upright."""
     if not os.path.exists(path):
-        raise UserError(f"{path} does not exist: check the path of the image")
+        raise UserError(f"{path} does not exist: check its path")
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file: give an image file")
     try:

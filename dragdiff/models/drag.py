@@ -128,7 +128,7 @@ class LatentDrag(L.LightningModule):
         if not (torch.isfinite(loss) and torch.isfinite(self.latent).all() and self.latent.abs().max() < DIVERGED):
             with torch.no_grad():
                 self.latent.copy_(before)
-            self.stop(f"diverged at step {step + 1} (loss {float(loss):.3g}); kept the latent before it: lower drag.lr")
+            self.stop(f"diverged at step {step + 1} (loss {loss.item():.3g}); kept the latent before it: lower drag.lr")
             return
         self.steps_done = step + 1
 
