@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from dragdiff.errors import UserError
 
 __all__ = ["EditResult", "EditSample", "Editor", "UserError", "load_config"]
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported, by whichever library
 
 _HOME = {
     "EditResult": "dragdiff.editor",

@@ -102,7 +102,6 @@ def run(
     """Exit code of a command: 2 with one line for a user's mistake, 1 where the system failed, 130 after Ctrl-C."""
     arguments, unknown = parser.parse_known_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning, module="dragdiff")  # not other libraries' notes

@@ -83,7 +83,7 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def save(result: EditResult, folder: Path) -> list[Path]:
-    """Write `edited.png`, `comparison.png`, `trajectory.gif` and `metrics.json`; returns their paths."""
+    """Write `edited.png`, `comparison.png`, `trajectory.gif`, `metrics.json`, `config.yaml`; returns their paths."""
     with written(folder / "edited.png") as file:
         Image.fromarray(result.image).save(file)
     with written(folder / "comparison.png") as file:
@@ -92,7 +92,9 @@ def save(result: EditResult, folder: Path) -> list[Path]:
         _save_gif(animation(result), file)
     with written(folder / "metrics.json") as file:
         file.write_text(json.dumps(metrics(result), indent=2) + "\n")
-    return [folder / name for name in ("edited.png", "comparison.png", "trajectory.gif", "metrics.json")]
+    with written(folder / "config.yaml") as file:
+        file.write_text(to_yaml(result.config), "utf-8")
+    return [folder / name for name in ("edited.png", "comparison.png", "trajectory.gif", "metrics.json", "config.yaml")]
 
 
 def metrics(result: EditResult) -> dict[str, Any]:

@@ -315,7 +315,7 @@ def test_edit_and_save_writes_what_the_command_does(backbone, tmp_path):
     config = load_config(overrides=[*QUICK, "lora.steps=0", "logger.kind=csv"])
     result = Editor(config, backbone).edit_and_save(SAMPLE, tmp_path / "out")
     made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
-    assert made >= {"edited.png", "comparison.png", "trajectory.gif", "metrics.json", "log/metrics.csv"}
+    assert made >= {"edited.png", "comparison.png", "trajectory.gif", "metrics.json", "config.yaml", "log/metrics.csv"}
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "edited.png")), result.image)
     for step in (0, 1):  # with the points: a red dot on the handle
         shown = np.asarray(Image.open(tmp_path / "out" / "frames" / f"{step:04d}.png"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,7 +247,6 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
     Raises:
         UserError: no such model, or one that can't be used; says what was looked for and how to get it.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     check_model(config)
