@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dragdiff.data.sample import EditSample
+from dragdiff.metrics.accuracy import paired_windows
 
 PATCH = 0.05  # half side of the pasted patch, as a share of the picture's shorter side
 
@@ -21,10 +22,7 @@ def copy_patch(sample: EditSample) -> np.ndarray:
     """
     edited = np.array(sample.image)
     radius = max(1, round(PATCH * min(sample.height, sample.width)))
-    for (from_x, from_y), (to_x, to_y) in sample.points.astype(int):
-        up, left = (min(radius, a, b) for a, b in ((from_y, to_y), (from_x, to_x)))
-        down = min(radius, sample.height - 1 - max(from_y, to_y))
-        right = min(radius, sample.width - 1 - max(from_x, to_x))
-        patch = sample.image[from_y - up : from_y + down + 1, from_x - left : from_x + right + 1]
-        edited[to_y - up : to_y + down + 1, to_x - left : to_x + right + 1] = patch
+    for pair in sample.points:
+        here, there = paired_windows(pair, (sample.height, sample.width), radius)
+        edited[there] = sample.image[here]
     return edited

@@ -1,10 +1,10 @@
-"""Means and intervals against closed forms and a plain bootstrap; the edits that need no model."""
+"""Means and intervals against closed forms and a plain bootstrap; scores and edits that need no model."""
 
 import numpy as np
 import pytest
 
 from dragdiff import EditSample
-from dragdiff.metrics import baselines, statistics
+from dragdiff.metrics import accuracy, baselines, statistics
 
 RNG = np.random.default_rng(1)
 VALUES = [RNG.exponential(10, RNG.integers(1, 5)) for _ in range(40)]
@@ -64,3 +64,31 @@ def test_baselines():
     expected[0, 59] = picture[39, 0]  # from one corner to the opposite one a single px has place
     np.testing.assert_array_equal(edited, expected)
     np.testing.assert_array_equal(sample.image, picture)
+
+
+def published_accuracy(source, edited, pairs, radius) -> float:
+    """GoodDrag's formula, for pairs whose patches lie wholly inside."""
+    total = 0.0
+    for (x, y), (tx, ty) in pairs:
+        for down in range(-radius, radius + 1):
+            for across in range(-radius, radius + 1):
+                here, there = source[y + down, x + across] / 255, edited[ty + down, tx + across] / 255
+                total += ((here - there) ** 2).sum()
+    return total / len(pairs) / (1 + 2 * radius) ** 2
+
+
+def test_dragging_accuracy():
+    source, edited = RNG.integers(0, 255, (2, 60, 80, 3)).astype(np.uint8)
+    pairs = [[[25, 22], [50, 30]], [[30, 38], [22, 21]]]
+    sample = EditSample(source, "", pairs)
+    for radius in accuracy.RADII:
+        ours = accuracy.dragging_accuracy(sample, edited, radius)
+        assert ours.shape == (2,)
+        assert ours.mean() == pytest.approx(published_accuracy(source, edited, pairs, radius))
+    corner = EditSample(source, "", [[[0, 59], [79, 0]]])  # one px is common to both patches
+    expected = np.square((source[59, 0].astype(float) - edited[0, 79]) / 255).sum()
+    assert accuracy.dragging_accuracy(corner, edited, 5) == pytest.approx([expected])
+    perfect = accuracy.dragging_accuracy(
+        EditSample(source, "", pairs[:1]), baselines.copy_patch(EditSample(source, "", pairs[:1])), 1
+    )
+    assert perfect == [0]
