@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dragdiff.errors import UserError
+from dragdiff.errors import UserError, one_line
 
 Check = tuple[str, Callable[[Any], bool]]  # what is allowed, in words, and the test
 
@@ -279,7 +279,7 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"cannot follow a reference ${{...}} in the settings: {_one_line(error)}") from error
+        raise UserError(f"cannot follow a reference ${{...}} in the settings: {one_line(error)}") from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -333,7 +333,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         overlay = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # YAML, encoding and permission errors have no common base
-        raise UserError(f"cannot read config {path}: {_one_line(error)}") from error
+        raise UserError(f"cannot read config {path}: {one_line(error)}") from error
     if not isinstance(overlay, dict):
         raise UserError(f"cannot read config {path}: it must hold key: value lines")
     return overlay
@@ -349,7 +349,7 @@ def _read_override(override: str) -> dict[Any, Any]:
     try:
         return {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]}  # type: ignore[call-overload,index]
     except Exception as error:  # OmegaConf lets several YAML and grammar errors through
-        raise UserError(f"cannot read {override!r}: {_one_line(error)}") from error
+        raise UserError(f"cannot read {override!r}: {one_line(error)}") from error
 
 
 def _as_it_stands(value: Any) -> Any:
@@ -387,7 +387,3 @@ def _merge(config: DictConfig, overlay: dict[Any, Any], where: str, prefix: str 
 def nearest_key(key: str) -> str:
     """The known key that looks most like this one."""
     return difflib.get_close_matches(key, sorted(_DEFAULTS), n=1, cutoff=0.0)[0]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -184,9 +184,16 @@ class Editor:
         )
 
     def edit_and_save(self, sample: EditSample, folder: str | Path) -> EditResult:
-        """As `edit`; writes into the folder, and logs as `config.logger` says, all that the command does."""
+        """As `edit`; writes into the folder, and logs as `config.logger` says, all that the command does.
+
+        Raises:
+            UserError: as `edit`; also, before any work, where the folder can't be made.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
         with open_logger(self.config, name=folder.name, folder=folder) as logger:
             result = self.edit(sample, folder=folder, logger=logger)
             output.save(result, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dragdiff.config import Config, LoggerConfig
-from dragdiff.errors import UserError
+from dragdiff.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -110,7 +110,7 @@ def _starting() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # W&B's own, and whatever the network raises
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"W&B did not start: {reason}; {MENDING}") from error
 
 

@@ -314,6 +314,9 @@ def test_the_result_has_the_sources_size(backbone):
 def test_edit_and_save_writes_what_the_command_does(backbone, tmp_path):
     config = load_config(overrides=[*QUICK, "lora.steps=0", "logger.kind=csv"])
     result = Editor(config, backbone).edit_and_save(SAMPLE, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        Editor(config, backbone).edit_and_save(SAMPLE, tmp_path / "file" / "out")
     made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert made >= {"edited.png", "comparison.png", "trajectory.gif", "metrics.json", "config.yaml", "log/metrics.csv"}
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "edited.png")), result.image)

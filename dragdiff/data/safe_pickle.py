@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dragdiff.errors import UserError
+from dragdiff.errors import UserError, one_line
 
 MAX_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 20_000  # a DragBench file has some hundred; also bounds how deep its values can nest
@@ -73,7 +73,7 @@ def load_pickle(path: str | os.PathLike[str]) -> object:
         _check_instructions(data)
         return _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # damaged or hostile data make unpickling raise nearly anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"{path} was refused, it cannot be read as plain values and arrays: {reason}; "
             "get it again from its source or leave it out"

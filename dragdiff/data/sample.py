@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dragdiff.errors import UserError
+from dragdiff.errors import UserError, one_line
 
 FilePath = str | os.PathLike[str]
 ImageLike = NDArray | Image.Image | FilePath
@@ -182,7 +182,7 @@ def _open(path: FilePath) -> Image.Image:
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image: give one of the formats {', '.join(_FORMATS)}") from error
     except Exception as error:  # damaged data make decoders raise nearly anything
-        raise UserError(f"{path} cannot be read as an image, it may be damaged: {_line(error)}") from error
+        raise UserError(f"{path} cannot be read as an image, it may be damaged: {one_line(error)}") from error
 
 
 def _rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
@@ -198,7 +198,7 @@ def _rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
             image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255, rounded
         return np.asarray(_over(image, "white").convert("RGB"))
     except _CONVERSION_ERRORS as error:
-        raise UserError(f"{name} (mode {image.mode}) cannot be converted to RGB: {_line(error)}") from error
+        raise UserError(f"{name} (mode {image.mode}) cannot be converted to RGB: {one_line(error)}") from error
 
 
 def _levels(image: Image.Image, name: str) -> NDArray:
@@ -208,7 +208,7 @@ def _levels(image: Image.Image, name: str) -> NDArray:
             return np.asarray(image)
         return np.asarray(_over(image, "black").convert("L"))
     except _CONVERSION_ERRORS as error:
-        raise UserError(f"{name} (mode {image.mode}) cannot be converted to grey: {_line(error)}") from error
+        raise UserError(f"{name} (mode {image.mode}) cannot be converted to grey: {one_line(error)}") from error
 
 
 def _over(image: Image.Image, background: str) -> Image.Image:
@@ -303,8 +303,3 @@ def _check_prompt(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair: neither files nor tokenizers take it
         raise UserError(f"the prompt has a broken character at position {error.start}: remove it") from error
-
-
-def _line(error: BaseException) -> str:
-    """The text of somebody else's exception on one line of reasonable length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

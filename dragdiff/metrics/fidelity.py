@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dragdiff.errors import UserError
+from dragdiff.errors import UserError, one_line
 from dragdiff.modules.images import to_tensor
 
 Score = Callable[[np.ndarray, np.ndarray], float]  # of two pictures (H, W, 3) uint8
@@ -24,11 +25,11 @@ def image_fidelity() -> Score:
         UserError: torchvision or AlexNet's weights are missing; says how to get them.
     """
     try:
-        import torchvision  # noqa: F401
+        import_module("torchvision")
     except Exception as error:  # also where it is there, but was built for another torch
         raise UserError(
-            f"image fidelity needs torchvision ({_line(error)}): pip install 'dragdiff[metrics]', with the torchvision "
-            "that belongs to the installed torch"
+            f"image fidelity needs torchvision ({one_line(error)}): pip install 'dragdiff[metrics]', with the "
+            "torchvision that belongs to the installed torch"
         ) from error
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -37,7 +38,7 @@ def image_fidelity() -> Score:
     except Exception as error:  # no network, a damaged download: whatever torch.hub raises
         raise UserError(
             f"image fidelity needs the weights of torchvision's AlexNet, which are not in {torch.hub.get_dir()} and "
-            f"can't be fetched ({_line(error)}): run it once with network"
+            f"can't be fetched ({one_line(error)}): run it once with network"
         ) from error
 
     @torch.no_grad()
@@ -67,7 +68,7 @@ def clip_similarity(model: str, revision: str) -> Score:
         network = CLIPVisionModelWithProjection.from_pretrained(model, use_safetensors=True, **settings).eval()
     except Exception as error:  # no network, a foreign model: the libraries raise many things
         raise UserError(
-            f"CLIP similarity needs the model {model!r} with .safetensors weights ({_line(error)}): give a local "
+            f"CLIP similarity needs the model {model!r} with .safetensors weights ({one_line(error)}): give a local "
             f"folder, or fetch it once with network, `hf download {model}`"
         ) from error
 
@@ -78,7 +79,3 @@ def clip_similarity(model: str, revision: str) -> Score:
         return float(F.cosine_similarity(embeddings[0], embeddings[1], dim=0))
 
     return score
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__

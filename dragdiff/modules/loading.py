@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dragdiff.errors import UserError
+from dragdiff.errors import UserError, one_line
 from dragdiff.modules import single_file
 from dragdiff.modules.backbone import PARTS, StableDiffusion, check_configs
 
@@ -182,8 +182,8 @@ def _hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) ->
     _ask_hub(name, revision)
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json"]))
-    except Exception as error:
-        raise UserError(f"fetching {name} from the hub failed: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # as above: no common base
+        raise UserError(f"fetching {name} from the hub failed: {one_line(error)}") from error
 
 
 def _ask_hub(name: str, revision: str) -> None:
@@ -207,7 +207,7 @@ def _ask_hub(name: str, revision: str) -> None:
     except RevisionNotFoundError:
         raise UserError(f"{name} has no revision {revision!r} on the hub") from None
     except Exception as error:  # no network: whatever the hub's library and its HTTP client raise
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error)
         raise UserError(
             f"no model {name!r}: there is no such file or folder, the hub's cache {constants.HF_HUB_CACHE} lacks it or "
             f"a part of it, and the hub does not answer ({reason}); fetch it once with network, `hf download {name}`"
@@ -228,7 +228,7 @@ def skeleton(config: ModelConfig) -> Any:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(_read_json(file))
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} describes no UNet that can be built: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{file} describes no UNet that can be built: {one_line(error)}") from error
 
 
 def _quiet() -> None:

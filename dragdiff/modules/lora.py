@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dragdiff.errors import UserError
+from dragdiff.errors import UserError, one_line
 
 ADAPTER = "dragdiff"
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -150,7 +150,7 @@ def load(path: Path) -> LoRA:
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         weights = _to_peft_names(weights)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the LoRA {file}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"cannot read the LoRA {file}: {one_line(error)}") from error
     strange = [key for key in weights if not key.endswith((DOWN, UP))]
     if strange:
         raise UserError(f"{file} is no plain LoRA: what is {strange[0]!r} (of {len(strange)} such weights)?")
