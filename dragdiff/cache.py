@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from dragdiff.errors import UserError
+from dragdiff.errors import UserError, one_line
 
 VERSION = 1  # raised when a stage computes something else from the same inputs
+TENSOR = "tensor.safetensors"
 
 
 def default_folder() -> Path:
@@ -72,7 +75,7 @@ class StageCache:
     ) -> Any:
         """The entry of that key, loaded; or what `make` gives, saved for the next time.
 
-        An entry that can't be loaded is made again. A cache that can't be written only costs time: a warning says so.
+        An entry that can't be loaded is made again.
         """
         if self.folder is None:
             return make()
@@ -84,6 +87,14 @@ class StageCache:
                 warnings.warn(f"cache entry {entry} is broken and is made again: {error}", stacklevel=2)
                 shutil.rmtree(entry, ignore_errors=True)
         value = make()
+        self.put(key, value, save=save)
+        return value
+
+    def put(self, key: str, value: Any, *, save: Callable[[Any, Path], Any]) -> None:
+        """Keep a value for the next time. A cache that can't be written only costs time: a warning says so."""
+        if self.folder is None:
+            return
+        entry = self.folder / key
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=self.folder))
@@ -100,4 +111,23 @@ class StageCache:
                 f"cannot write the cache {self.folder}: {error}; the result is used but not kept",
                 stacklevel=2,
             )
-        return value
+
+    def __contains__(self, key: str) -> bool:
+        return self.folder is not None and (self.folder / key).is_dir()
+
+
+def save_tensor(tensor: Tensor, folder: Path) -> None:
+    """Write one tensor into an entry."""
+    save_file({"tensor": tensor.contiguous().cpu()}, folder / TENSOR)
+
+
+def load_tensor(folder: Path) -> Tensor:
+    """Read what `save_tensor` wrote.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return load_file(folder / TENSOR)["tensor"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"cannot read {folder / TENSOR}: {one_line(error)}") from error

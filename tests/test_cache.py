@@ -179,7 +179,7 @@ def key_of(tiny_pipeline):
 
     def key(*overrides, change=None, **changes):
         editor = Editor(load_config(overrides=[f"model.path={tiny_pipeline}", *overrides]), backbone)
-        editor.cache = _Keys()
+        editor._loras = _Keys()
         if change:
             change(backbone)
         return editor.finetune(replace(sample, **changes))
@@ -260,7 +260,7 @@ def test_lora_key_does_not_change_with_points_or_mask(key_of):
 def test_folder_of_the_cache(tiny_pipeline, tmp_path):
     def folder(*overrides):
         config = load_config(overrides=[f"model.path={tiny_pipeline}", *overrides])
-        return Editor(config, object.__new__(_Anything)).cache.folder
+        return Editor(config, object.__new__(_Anything))._loras.folder
 
     class _Anything:
         device = torch.device("cpu")
@@ -273,3 +273,120 @@ def test_folder_of_the_cache(tiny_pipeline, tmp_path):
     assert folder() == cache.default_folder() / "lora"
     assert folder("cache.enabled=false") is None
     assert Path.home() / "x" / "lora" == folder("cache.folder=~/x")
+
+
+# ------------------------------------------------------------------------------------------- what edits share
+
+
+@pytest.fixture
+def edits(tiny_pipeline, tmp_path):
+    """Editors on one model, the stages that they compute, and a sample."""
+    fixed = [f"model.path={tiny_pipeline}", "model.device=cpu", "lora.batch_size=1", "lora.resolution=32"]
+    fixed += ["ddim.steps=6", "drag.steps=2", "output.frames_every=0", f"cache.folder={tmp_path}"]
+    backbone = load_backbone(load_config(overrides=fixed).model)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    sample = EditSample(picture, "a cat", [[[20, 20], [40, 30]]])
+    computed: list[str] = []
+
+    def note(stage, done, total, text):
+        if done == 0:
+            computed.append(stage)
+
+    def config(*overrides):
+        return load_config(overrides=[*fixed, *overrides])
+
+    return Editor(config(), backbone, report=note), config, sample, computed
+
+
+def test_second_edit_of_a_picture_only_drags_and_denoises(edits):
+    editor, config, sample, computed = edits
+    settings = config("lora.steps=2")
+    first = editor.reconfigured(settings).edit(sample)
+    assert computed == ["LoRA", "inversion", "drag", "denoise", "decode"]
+    computed.clear()
+    again = editor.reconfigured(settings).edit(sample)
+    assert computed == ["drag", "denoise", "decode"]
+    assert np.array_equal(first.image, again.image)
+    editor.reconfigured(settings).edit(replace(sample, points=[[[10, 10], [20, 20]]]))
+    assert "inversion" not in computed
+
+
+@pytest.mark.parametrize(
+    "override", ["ddim.steps=8", "ddim.strength=0.5", "lora.steps=3", "lora.steps=0", "data.max_size=40", "seed=1"]
+)
+def test_inversion_is_computed_for_what_it_depends_on(override, edits):
+    editor, config, sample, computed = edits
+    editor.reconfigured(config("lora.steps=2")).edit(sample)
+    computed.clear()
+    editor.reconfigured(config("lora.steps=2", override)).edit(sample)
+    assert "inversion" in computed
+
+
+def test_inversion_depends_on_picture_and_prompt(edits):
+    editor, config, sample, computed = edits
+    for other in (sample, replace(sample, prompt="a dog"), replace(sample, image=255 - sample.image)):
+        computed.clear()
+        editor.reconfigured(config("lora.steps=0")).edit(other)
+        assert "inversion" in computed
+
+
+def test_broken_inversion_is_made_again(edits, tmp_path):
+    editor, config, sample, _ = edits
+    settings = config("lora.steps=0")
+    first = editor.reconfigured(settings).edit(sample)
+    (entry,) = (tmp_path / "inversion").glob("*/*")
+    entry.write_bytes(entry.read_bytes()[:40])
+    with pytest.warns(UserWarning, match="broken and is made again"):
+        again = editor.reconfigured(settings).edit(sample)
+    assert np.array_equal(first.image, again.image)
+
+
+def test_one_training_serves_several_numbers_of_steps(edits, tmp_path):
+    """The LoRA after two of three steps is the very LoRA of two steps."""
+    editor, config, sample, computed = edits
+    alone = [editor.reconfigured(config(f"lora.steps={n}", "cache.enabled=false")).finetune(sample) for n in (1, 2, 3)]
+    computed.clear()
+    editor.share_lora(sample, [3, 1, 2])
+    assert computed == ["LoRA"]
+    shared = [editor.reconfigured(config(f"lora.steps={n}")).finetune(sample) for n in (1, 2, 3)]
+    assert computed == ["LoRA"]
+    for one, other in zip(alone, shared, strict=True):
+        assert all(torch.equal(one.up[name], other.up[name]) for name in one.up)
+        assert all(torch.equal(one.down[name], other.down[name]) for name in one.down)
+        assert one.scale == other.scale
+    editor.share_lora(sample, [3, 1, 2])
+    assert computed == ["LoRA"]
+
+
+def test_reference_branch_from_memory_gives_the_same_picture(edits):
+    """For the drag's settings anything may change; for what the source's denoising depends on it is computed anew."""
+    editor, config, sample, _ = edits
+    forwards = []
+    hook = editor.backbone.network.register_forward_pre_hook(lambda *_: forwards.append(1))
+
+    def edit(*overrides):
+        forwards.clear()
+        image = editor.reconfigured(config("lora.steps=0", *overrides)).edit(sample).image
+        return image, len(forwards)
+
+    edit("cache.reference_mb=100")
+    plain, plainly = edit("drag.lr=0.1")
+    image, shared = edit("cache.reference_mb=100", "drag.lr=0.1")
+    steps = 4  # of denoising
+    assert np.array_equal(image, plain)
+    assert plainly - shared == steps  # both found the inversion in the cache
+    for other in ("control.start_layer=up_blocks.3", "ddim.strength=0.5"):
+        image, counted = edit("cache.reference_mb=100", other)
+        assert np.array_equal(image, edit(other)[0])
+        assert counted > shared - 2
+    hook.remove()
+
+
+def test_reference_branch_too_large_for_the_memory_is_not_kept(edits):
+    editor, config, sample, _ = edits
+    big = config("lora.steps=0", "cache.reference_mb=1")
+    picture = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    editor.reconfigured(big).edit(replace(sample, image=picture))
+    assert not editor._references
+    editor.reconfigured(big).edit(sample)
+    assert len(editor._references) == 1

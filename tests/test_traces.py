@@ -111,7 +111,7 @@ class Replay:
     recorder: Recorder
     embeddings: Tensor
     path: list[Tensor]  # latents of the inversion, or of the generation
-    denoising: list[Tensor]
+    denoising: tuple[list[Tensor], list[Tensor]]  # latents of the source and of the edited branch
 
     @property
     def drag(self) -> LatentDrag:
@@ -155,6 +155,21 @@ def spy(patch: pytest.MonkeyPatch, owner: object, name: str, instead: Callable[[
 
     patch.setattr(owner, name, call)
     return results
+
+
+def spy_paths(patch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """Keep the latents of each denoising, in the order in which they begin."""
+    paths, original = [], ddim.path_down
+
+    def call(predict, latent, **settings):
+        path = [latent]
+        paths.append(path)
+        for lower in original(predict, latent, **settings):
+            path.append(lower)
+            yield lower
+
+    patch.setattr(ddim, "path_down", call)
+    return paths
 
 
 def case_of(case: str, tiny_sd: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], EditSample, list[str]]:
@@ -208,8 +223,7 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
         return torch.from_numpy(load("gen256")["embedding"])[-len(embeddings) :]
 
     def with_recorded_start(path: list[Tensor]) -> list[Tensor]:
-        whole = len(path) == (51 if settings.get("gen") else steps + 1) and len(path[0]) == 1
-        return [*path[:index], start, *path[index + 1 :]] if whole else path  # else it is the denoising's
+        return [*path[:index], start, *path[index + 1 :]]
 
     for module in backbone.modules:
         module.requires_grad_(False)
@@ -219,7 +233,8 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
     with pytest.MonkeyPatch.context() as patch:
         embedded = spy(patch, backbone, "embed", with_recorded_embedding)
         inverted = spy(patch, ddim, "invert", with_recorded_start)
-        sampled = spy(patch, ddim, "sample", with_recorded_start)  # the generation, if any, then the denoising
+        generated = spy(patch, editor, "_generate", lambda made: (made[0], with_recorded_start(made[1]), made[2]))
+        down = spy_paths(patch)  # the generation's, if any, the edited latent's, the source's
         result = editor.edit(sample, callbacks=[recorder])
     yield Replay(
         case=case,
@@ -230,8 +245,8 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
         result=result,
         recorder=recorder,
         embeddings=embedded[-1],
-        path=inverted[0] if inverted else sampled[0],
-        denoising=sampled[-1],
+        path=inverted[0] if inverted else generated[0][1],
+        denoising=(down[-1], down[-2]),
     )
 
 
@@ -421,12 +436,12 @@ def test_end_of_the_drag(replay):
 
 
 def test_denoising_of_both_branches(replay):
-    trace, path, free = replay.trace, replay.denoising, open_signs(replay)
-    assert len(path) == replay.editor.drag_steps_of_schedule + 1 == trace["denoise_idx"][-1] + 1
+    trace, (source, edited), free = replay.trace, replay.denoising, open_signs(replay)
+    assert len(source) == len(edited) == replay.editor.drag_steps_of_schedule + 1 == trace["denoise_idx"][-1] + 1
     for place, index in enumerate(trace["denoise_idx"]):
         tolerance = FINAL if index else LATENT
-        near(path[index][0], trace["denoise_ref"][place], tolerance)
-        near(path[index][1][~free], torch.from_numpy(trace["denoise_edit"][place])[~free], tolerance)
+        near(source[index][0], trace["denoise_ref"][place], tolerance)
+        near(edited[index][0][~free], torch.from_numpy(trace["denoise_edit"][place])[~free], tolerance)
 
 
 def test_picture(replay):

@@ -1,7 +1,8 @@
-"""`LoRACheckpoint`: keeps the LoRA as it was every N steps, and a checkpoint to go on from."""
+"""The LoRA as it was on the way: files and a checkpoint to go on from, or a copy at given steps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import lightning as L
@@ -39,3 +40,23 @@ class LoRACheckpoint(L.Callback):
     def _save_lora(self, trainer: L.Trainer) -> None:
         weights = lora.extract(lora.parameters(self.network), scale=self.scale)
         lora.save(weights, self.folder / f"step-{trainer.global_step:04d}")
+
+
+class LoRASnapshots(L.Callback):
+    """Hands over a copy of the LoRA after each of the given steps."""
+
+    def __init__(
+        self, network: nn.Module, at: Collection[int], keep: Callable[[int, lora.LoRA], None], *, scale: float
+    ) -> None:
+        """
+        Args:
+            network: with LoRA layers injected.
+            at: steps done.
+            keep: called with the steps done and the LoRA.
+            scale: alpha / rank.
+        """
+        self.network, self.at, self.keep, self.scale = network, at, keep, scale
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        if trainer.global_step in self.at:
+            self.keep(trainer.global_step, lora.extract(lora.parameters(self.network), scale=self.scale))

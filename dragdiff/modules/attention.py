@@ -6,38 +6,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from einops import repeat
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError
 
-
-class _Steps:
-    """Forwards of the network seen since the control was installed."""
-
-    count = 0
+States = dict[str, Tensor]
+"""Hidden states (rows, tokens, channels) that enter self-attention layers, by the layers' names."""
 
 
-class MutualSelfAttention:
-    """Delegates to the processor that it wraps, with the source's hidden states as keys and values.
+class RecordedAttention:
+    """Delegates to the processor that it wraps; notes the hidden states from which keys and values come."""
 
-    Rows of a batch are [source, edited] within each guidance group; the source row sees itself and is unchanged.
-    """
-
-    def __init__(self, processor: Any, steps: _Steps, start_step: int) -> None:
-        self.processor, self.steps, self.start_step = processor, steps, start_step
+    def __init__(self, processor: Any, name: str, states: States) -> None:
+        self.processor, self.name, self.states = processor, name, states
 
     def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kw: Any
     ) -> Tensor:
-        if encoder_hidden_states is None and self.steps.count > self.start_step:
-            encoder_hidden_states = repeat(hidden_states[::2], "group ... -> (group row) ...", row=2)
-        return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        if encoder_hidden_states is None:
+            self.states[self.name] = hidden_states
+        return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kw)
+
+
+class MutualSelfAttention(RecordedAttention):
+    """Delegates to the processor that it wraps, with the source's hidden states as keys and values."""
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kw: Any
+    ) -> Tensor:
+        if encoder_hidden_states is None:
+            encoder_hidden_states = self.states.get(self.name)
+        return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kw)
 
 
 def layers_from(layers: Sequence[str], start: str) -> list[str]:
@@ -63,33 +62,45 @@ def layers_from(layers: Sequence[str], start: str) -> list[str]:
 
 
 @contextmanager
-def mutual_self_attention(network: nn.Module, layers: Sequence[str], *, start_step: int) -> Iterator[None]:
-    """Install the control on the named self-attention layers; put the model back on leaving, also after an error.
+def recorded(network: nn.Module, layers: Sequence[str]) -> Iterator[States]:
+    """What enters the named self-attention layers in the network's forward inside this context.
+
+    Raises:
+        UserError: as `mutual_self_attention`.
+    """
+    states: States = {}
+    with _processors(network, layers, RecordedAttention, states):
+        yield states
+
+
+@contextmanager
+def mutual_self_attention(network: nn.Module, layers: Sequence[str], states: States) -> Iterator[None]:
+    """Let the named self-attention layers look at the source; put the model back on leaving, also after an error.
 
     Args:
-        network: the denoiser; its batch rows are [source, edited] (guidance 1), or the negative group's pair and then
-            the positive group's.
+        network: the denoiser; its batch has the rows that the source's had (with guidance: negative, positive).
         layers: names of self-attention modules (diffusers `Attention`).
-        start_step: the first controlled forward of the network, counted from 0 inside this context.
+        states: of the source at the same timestep, from `recorded`; a layer that is not in them sees itself.
 
     Raises:
         UserError: the model's attention projections are fused.
     """
-    steps = _Steps()
+    with _processors(network, layers, MutualSelfAttention, states):
+        yield
 
-    def count(*_: object) -> None:
-        steps.count += 1
 
+@contextmanager
+def _processors(
+    network: nn.Module, layers: Sequence[str], wrapper: type[RecordedAttention], states: States
+) -> Iterator[None]:
     modules = [network.get_submodule(name) for name in layers]
     if any(getattr(module, "fused_projections", False) for module in modules):
         raise UserError("the model's attention projections are fused: call unfuse_qkv_projections() before editing")
     originals: list[Any] = [module.processor for module in modules]
-    counter = network.register_forward_pre_hook(count)
     try:
-        for module, original in zip(modules, originals, strict=True):
-            module.set_processor(MutualSelfAttention(original, steps, start_step))  # type: ignore[operator]
+        for name, module, original in zip(layers, modules, originals, strict=True):
+            module.set_processor(wrapper(original, name, states))  # type: ignore[operator]
         yield
     finally:
-        counter.remove()
         for module, original in zip(modules, originals, strict=True):
             module.set_processor(original)  # type: ignore[operator]

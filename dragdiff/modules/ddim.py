@@ -5,7 +5,7 @@ Pure functions on tensors; the model is a callable `predict(latent, t) -> model 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -86,7 +86,6 @@ def invert(
     return path
 
 
-@torch.no_grad()
 def sample(
     predict: Predict, latent: Tensor, *, scheduler: Any, start: int, report: Report = lambda step: None
 ) -> list[Tensor]:
@@ -100,9 +99,17 @@ def sample(
         The latent before each step and the clean one, len(timesteps) - start + 1 tensors.
     """
     path = [latent]
+    for lower in path_down(predict, latent, scheduler=scheduler, start=start):
+        path.append(lower)
+        report(len(path) - 1)
+    return path
+
+
+def path_down(predict: Predict, latent: Tensor, *, scheduler: Any, start: int) -> Iterator[Tensor]:
+    """As `sample`, one step at a time: the latent after each step."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     for t in scheduler.timesteps[start:]:
-        path.append(scheduler.step(predict(path[-1], t), t, path[-1]).prev_sample)
-        report(len(path) - 1)
-    return path
+        with torch.no_grad():
+            latent = scheduler.step(predict(latent, t), t, latent).prev_sample
+        yield latent
