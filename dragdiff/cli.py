@@ -1,4 +1,4 @@
-"""The command line: `dragdiff edit | train | convert`, and the top-level `edit.py` and `train.py`.
+"""The command line: `dragdiff edit | train | study | report | convert`, and the top-level `edit.py` and `train.py`.
 
 Only argparse and OmegaConf are imported here: `--help` and most mistakes answer at once.
 """
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dragdiff.config import DEFAULT_OVERLAY, Config, describe, load_config
+from dragdiff.config import DEFAULT_OVERLAY, Config, StudyConfig, describe, load_config, load_study
 from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,14 @@ EDIT_HELP = f"""Drag one image, or each sample of a folder; results go to output
   dragdiff convert DragBench plain_samples  pickled samples to plain files
 
 Files are merged in order, then key=value settings. Without a file, configs/{DEFAULT_OVERLAY}.yaml is used."""
+STUDY_HELP = """Run variants of the settings over a data set; a second start does only what is missing.
+
+  {prog} experiments/scenes/timestep.yaml
+  {prog} experiments/dragbench/timestep.yaml data.path=DragBench results=s3://bucket/studies executor=ray"""
+REPORT_HELP = """Tables, plots and a gallery of what a study has found so far; they go to RESULTS/NAME/report/.
+
+  {prog} experiments/scenes/timestep.yaml
+  {prog} outputs/studies/timestep"""
 TRAIN_HELP = """Fine-tune a LoRA on one image, or on each sample of a folder; results go to outputs/NAME-lora/.
 
   {prog} configs/sd15.yaml image=cat.jpg prompt="a cat"
@@ -50,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = {
         "edit": (main_edit, "drag one image, or a folder of samples"),
         "train": (main_train, "fine-tune a LoRA on one image"),
+        "study": (main_study, "run a study: variants of the settings over a data set"),
+        "report": (main_report, "tables, plots and a gallery of what a study has found"),
         "convert": (main_convert, "copy samples of the published data sets into the plain folder format"),
     }
     if argv and argv[0] in verbs:
@@ -72,6 +82,36 @@ def main_edit(argv: Sequence[str] | None = None, *, prog: str = "python edit.py"
 
 def main_train(argv: Sequence[str] | None = None, *, prog: str = "python train.py") -> int:
     return run(train, _config_parser(prog, TRAIN_HELP), argv)
+
+
+def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s STUDY.yaml [key=value ...] [--plan] [--retry-failed] [--wandb-sweep FILE]",
+        description=STUDY_HELP.replace("{prog}", prog),
+        epilog="all keys of a study, with their defaults:\n\n" + describe(StudyConfig).replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", metavar="STUDY.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="in place of what the file says")
+    parser.add_argument("--plan", action="store_true", help="only say what would be done")
+    parser.add_argument("--retry-failed", action="store_true", help="also what failed before")
+    parser.add_argument(
+        "--wandb-sweep", metavar="FILE", help="only write the study as a W&B sweep, whose agents call edit.py"
+    )
+    return run(study, parser, argv)
+
+
+def main_report(argv: Sequence[str] | None = None, *, prog: str = "dragdiff report") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s STUDY [key=value ...]",
+        description=REPORT_HELP.replace("{prog}", prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", metavar="STUDY", help="its YAML file, or its folder in the results")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `dragdiff study`, with a YAML file")
+    return run(report, parser, argv)
 
 
 def main_convert(argv: Sequence[str] | None = None, *, prog: str = "dragdiff convert") -> int:
@@ -184,6 +224,46 @@ def _train_one(editor: Editor, sample: EditSample, folder: Path) -> str:
     return f"wrote {lora.save(trained, folder)}; use it with lora.path={folder}"
 
 
+def study(arguments: argparse.Namespace) -> int:
+    """Run what is missing of a study."""
+    settings = load_study(arguments.study, arguments.settings)
+    if arguments.wandb_sweep:
+        from dragdiff.study.sweep import write_sweep
+
+        write_sweep(settings, arguments.wandb_sweep)
+        print(f"wrote {arguments.wandb_sweep}; next, where edit.py is: wandb sweep {arguments.wandb_sweep}")
+        return 0
+
+    from dragdiff.progress import Bars
+    from dragdiff.study import runner
+    from dragdiff.study.plan import expand
+
+    plan = expand(settings)
+    for name, reason in plan.broken:
+        print(f"dragdiff: passing over {name}: {reason}", file=sys.stderr)
+    print(runner.describe(plan))
+    if arguments.plan:
+        return 0
+    with closing(Bars("task")) as bars:
+        summary = runner.run(plan, retry_failed=arguments.retry_failed, report=bars)
+    print(runner.outcome(plan, summary))
+    return 1 if summary.failed or plan.broken else 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Say what a study has found so far."""
+    from dragdiff.progress import Bars
+    from dragdiff.study.plan import expand
+    from dragdiff.study.report import find_study, write_report
+    from dragdiff.study.store import Store
+
+    plan = expand(find_study(arguments.study, arguments.settings))
+    with closing(Bars("sample")) as bars:
+        paths = write_report(plan, Store(plan.study.results), progress=bars)
+    print("wrote", *paths, sep="\n  ")
+    return 0
+
+
 def convert(arguments: argparse.Namespace) -> int:
     """Copy samples into the plain format."""
     from dragdiff.data import readers
@@ -293,7 +373,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         setattr(config.lora, key, path)
     for section, key in [(config, "sample"), (config.model, "path"), (config.model, "vae")]:
         path = _absolute(getattr(section, key))
-        if path and os.path.exists(path):  # else a hub id, or example:NAME
+        if path and os.path.exists(path):  # else a hub id, example:NAME or scene:NAME
             setattr(section, key, path)
     return config
 
@@ -327,10 +407,15 @@ def _read(
     if config.image:
         return [job(EditSample(config.image, config.prompt, points, mask, Path(config.image).stem))], []
 
-    is_example = config.sample.startswith("example:")
-    root = example_folder(config.sample.removeprefix("example:")) if is_example else Path(config.sample)
     given: dict[str, Any] = {"prompt": config.prompt, "points": config.points, "mask": config.mask}
     given = {key: value for key, value in given.items() if value}
+    if config.sample.startswith("scene:"):
+        from dragdiff.data.scenes import named_scene
+
+        scene = named_scene(config.sample.removeprefix("scene:"))
+        return [job(replace(scene.sample, **given), folder=config.sample)], []
+    is_example = config.sample.startswith("example:")
+    root = example_folder(config.sample.removeprefix("example:")) if is_example else Path(config.sample)
     folders = readers.find_samples(root)
     jobs, failures = [], []
     for folder, name in zip(folders, readers.sample_names(folders, root), strict=True):

@@ -211,7 +211,9 @@ class CacheConfig:
 class Config:
     """One edit. The input is a sample folder, or an image with points, or a generated picture."""
 
-    sample: str = option("", "a sample folder (ours, DragBench, Drag100), a folder of many, or example:NAME")
+    sample: str = option(
+        "", "a sample folder (ours, DragBench, Drag100), a folder of many, example:NAME, or a drawn scene:KIND-SEED"
+    )
     image: str = option("", "picture file, with prompt, points and mask; instead of a sample")
     prompt: str = option("", "what the picture shows; with a sample, in place of its own")
     points: list[Any] = option(
@@ -292,6 +294,7 @@ class StudyConfig:
 
     question: str = option("", "what the study is to answer")
     name: str = option("", "of its folder below results; empty = the file's name")
+    extends: str = option("", "a study file that this one starts from, relative to it")
     base: list[str] = option([DEFAULT_OVERLAY], "overlays that all variants start from")
     settings: dict[str, Any] = option({}, "settings that all variants share, over base")
     data: StudyDataConfig = field(default_factory=StudyDataConfig)
@@ -303,6 +306,7 @@ class StudyConfig:
     )
     random_count: int = option(10, "variants drawn", at_least(1))
     random_seed: int = option(0, "of their draw", at_least(0))
+    reference: str = option("", "the variant that reports compare the others with, by name; empty = the first")
     seeds: list[int] = option([42], "each variant runs once with each; where nothing is drawn (no LoRA) they agree")
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     results: str = option("outputs/studies", "folder or fsspec URL; studies that share it share their edits")
@@ -372,14 +376,23 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         UserError: as `load_config`.
     """
-    if not Path(file).is_file():
-        raise UserError(f"no study file {str(file)!r}: give a YAML file, e.g. experiments/scenes/timestep.yaml")
-    study = _load(StudyConfig, [(_read_yaml(Path(file)), str(file))], overrides)
+    study = _load(StudyConfig, _study_overlays(Path(file)), overrides)
     study.name = study.name or Path(file).stem
     _check_values(study)
     if Path(study.name).name != study.name:
         raise UserError(f"name is {study.name!r}: it must be a plain name, it names a folder")
     return study
+
+
+def _study_overlays(file: Path, depth: int = 0) -> list[tuple[dict[Any, Any], str]]:
+    if not file.is_file():
+        raise UserError(f"no study file {str(file)!r}: give a YAML file, e.g. experiments/scenes/timestep.yaml")
+    overlay = _read_yaml(file)
+    if not overlay.get("extends"):
+        return [(overlay, str(file))]
+    if depth == 9:
+        raise UserError(f"{file} extends files that extend each other")
+    return [*_study_overlays(file.parent / str(overlay["extends"]), depth + 1), (overlay, str(file))]
 
 
 def _load(kind: type[T], overlays: Sequence[tuple[dict[Any, Any], str]], overrides: Sequence[str]) -> T:

@@ -253,6 +253,14 @@ class Editor:
         other._references = self._references
         return other
 
+    def without_memory(self) -> Editor:
+        """The same, keeping nothing between edits in the device's memory."""
+        self._references.clear()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        kept = dataclasses.replace(self.config.cache, reference_mb=0)
+        return self.reconfigured(dataclasses.replace(self.config, cache=kept))
+
     def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
         """Generate a picture as `config.generate` says.
 

@@ -20,7 +20,8 @@ class Bars:
         stage, done, total: where the run is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "step") -> None:
+        self.unit = unit
         self.stage, self.done, self.total, self.note = "", 0, 0, ""
         self._terminal = sys.stderr.isatty()
         self._bar: tqdm | None = None
@@ -35,7 +36,7 @@ class Bars:
             self._began = self._said = time.monotonic()
             if self._terminal:
                 width = min(shutil.get_terminal_size().columns, WIDEST)
-                self._bar = tqdm(total=total, desc=stage, unit="step", bar_format=BAR, ncols=width)
+                self._bar = tqdm(total=total, desc=stage, unit=self.unit, bar_format=BAR, ncols=width)
         self.stage, self.done, self.total, self.note = stage, done, total, note
         self._now = time.monotonic()
         if self._bar is not None:
@@ -61,5 +62,5 @@ class Bars:
 
     def _line(self) -> None:
         self._said = self._now
-        line = f"{self.stage:>9}: {self.done}/{self.total} steps" + (f", {self.note}" if self.note else "")
+        line = f"{self.stage:>9}: {self.done}/{self.total} {self.unit}s" + (f", {self.note}" if self.note else "")
         print(f"{line} ({self._now - self._began:.1f} s)", file=sys.stderr)

@@ -465,6 +465,8 @@ MISTAKES = {
     "no sample there": (["image=", "sample=nope"], ["nope is not a folder"]),
     "no sample in it": (["image=", "sample=folder"], ["holds no sample"]),
     "no such example": (["image=", "sample=example:nope"], ["no example 'nope'"]),
+    "no such scene": (["image=", "sample=scene:moon-3"], ["no scene 'moon-3'", "sun, tower"]),
+    "scene without a number": (["image=", "sample=scene:sun"], ["no scene 'sun'"]),
     "sample and image": (["sample=folder"], ["both sample and image"]),
     "nothing to edit": (["image="], ["nothing to edit", "image=FILE"]),
     # model

@@ -78,6 +78,13 @@ def test_the_first_command_drags_the_example_and_its_config_repeats_it_bit_for_b
     assert (repeated / "config.yaml").read_bytes() == (folder / "config.yaml").read_bytes()
 
 
+def test_any_scene_can_be_named(tmp_path: Path) -> None:
+    settings = [f"output.folder={tmp_path}", "ddim.steps=2", "drag.steps=1", "output.frames_every=0"]
+    assert main_edit(["sample=scene:tower-2003", *settings]) == 0
+    (point,) = json.loads((tmp_path / "tower-2003" / "metrics.json").read_text())["points"]
+    assert [point["handle"], point["target"]] == make_scene("tower", 2003).sample.points[0].tolist()
+
+
 @pytest.mark.parametrize("example", sorted(EXAMPLES.iterdir()), ids=lambda path: path.name)
 def test_each_example_moves_its_part_and_keeps_the_rest(example: Path, tmp_path: Path) -> None:
     folder = tmp_path / "outputs"

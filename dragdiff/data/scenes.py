@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dragdiff.data.sample import EditSample
+from dragdiff.errors import UserError
 
 UNIT = 64  # the side of the picture that all parameters refer to
 
@@ -365,6 +366,18 @@ def _draw_edit(kind: str, rng: np.random.Generator) -> tuple[Parameters, Array] 
         if (centre_distance < 4).any():
             return None
     return parameters, displacement
+
+
+def named_scene(name: str) -> Scene:
+    """The scene of 64 px that a name such as "sun-2000" means.
+
+    Raises:
+        UserError: it means none.
+    """
+    kind, _, seed = name.rpartition("-")
+    if kind not in KINDS or not (seed.isascii() and seed.isdigit()):
+        raise UserError(f"no scene {name!r}: give KIND-SEED with a kind of {', '.join(KINDS)}, e.g. sun-2000")
+    return make_scene(kind, int(seed))
 
 
 def make_scene(kind: str, seed: int, size: int = UNIT) -> Scene:

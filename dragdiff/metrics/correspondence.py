@@ -149,9 +149,9 @@ class MeanDistance(Metric):
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
-    def distances(self, sample: EditSample, edited: np.ndarray) -> np.ndarray:
-        """(N,) for the pairs of one sample, whose edited picture is (H, W, 3) uint8 of its size."""
-        maps: list[FeatureMap] = []
+    def features(self, sample: EditSample, edited: np.ndarray) -> tuple[FeatureMap, FeatureMap]:
+        """Of the source and of the edited picture (H, W, 3) uint8, which must have the sample's size."""
+        maps = []
         for image in (np.asarray(sample.image), edited):
             generator = self._ordered or torch.Generator().manual_seed(sample_seed(self.seed, sample))
             maps.append(
@@ -165,7 +165,11 @@ class MeanDistance(Metric):
                     generator=generator,
                 )
             )
-        found = matches(maps[0], maps[1], sample.handles, search_areas(sample, self.variant))
+        return maps[0], maps[1]
+
+    def distances(self, sample: EditSample, edited: np.ndarray) -> np.ndarray:
+        """(N,) for the pairs of one sample, whose edited picture is (H, W, 3) uint8 of its size."""
+        found = matches(*self.features(sample, edited), sample.handles, search_areas(sample, self.variant))
         return distances(sample, found, self.variant)
 
     def update(self, sample: EditSample, edited: np.ndarray) -> None:

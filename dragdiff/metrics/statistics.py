@@ -13,7 +13,7 @@ RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and its bootstrap interval; NaN ends where there are fewer than two images."""
+    """A mean and its bootstrap interval; NaN ends where there are fewer than two images, or infinite values."""
 
     value: float
     low: float
@@ -40,7 +40,9 @@ def paired_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) 
     Args:
         ours, theirs: as in `mean_over_images`, of the same images in the same order.
     """
-    return mean_over_images([np.atleast_1d(np.mean(a) - np.mean(b)) for a, b in zip(ours, theirs, strict=True)])
+    with np.errstate(invalid="ignore"):  # of two infinite values
+        differences = [np.atleast_1d(np.mean(a) - np.mean(b)) for a, b in zip(ours, theirs, strict=True)]
+    return mean_over_images(differences)
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray, pairs: int) -> Mean:
@@ -54,7 +56,7 @@ def _mean(sums: np.ndarray, counts: np.ndarray, pairs: int) -> Mean:
         return sums.sum(axis=axis) / counts.sum(axis=axis)
 
     low = high = np.nan
-    if len(sums) > 1:
+    if len(sums) > 1 and np.isfinite(sums).all():  # an unchanged picture has an infinite PSNR
         interval = bootstrap(
             (sums, counts),
             ratio,

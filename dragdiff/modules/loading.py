@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "embedded-sd"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # the same parts; others need more
 CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+PIECE = 2**20  # bytes of a large file that are read at its beginning, middle and end to tell it from another
 HUB_TIMEOUT = 5.0  # s until a hub that does not answer is given up
 
 
@@ -291,3 +293,33 @@ def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **
             raise
         _ask_hub(name, revision)
         return kind.from_pretrained(name, revision=revision or None, **settings)
+
+
+def identity(config: ModelConfig) -> dict[str, Any]:
+    """What tells one model from another without loading it: the files' contents, or the hub's id and revision.
+
+    Of a file larger than a few MB its size and some pieces count.
+    """
+    return {
+        "path": _content(config.path) or [config.path, config.revision],
+        "vae": _content(config.vae) or config.vae,
+        "prediction": config.prediction,
+        "dtype": config.dtype,
+        "autocast": config.autocast,
+    }
+
+
+def _content(path: str) -> str | None:
+    local = _local(path)
+    if local is None:
+        return None
+    summary = hashlib.sha256()
+    for file in [local] if local.is_file() else sorted(local.rglob("*")):
+        if file.is_file() and file.suffix in (".safetensors", ".json", ".txt"):
+            size = file.stat().st_size
+            summary.update(f"{file.relative_to(local)} {size}\n".encode())
+            with file.open("rb") as opened:
+                for place in sorted({0, max(0, size // 2 - PIECE), max(0, size - PIECE)}):
+                    opened.seek(place)
+                    summary.update(opened.read(PIECE))
+    return summary.hexdigest()[:32]

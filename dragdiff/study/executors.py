@@ -1,0 +1,197 @@
+"""Where tasks run: in this process, in one process for each GPU, or in Ray actors. Each keeps its model loaded."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol
+
+from dragdiff.config import StudyConfig
+from dragdiff.errors import UserError, one_line
+
+
+ANSWER = 5.0  # s for a cluster to answer
+
+
+class WorkerDied(Exception):
+    """A worker's process or machine is gone, and with it what it was doing."""
+
+
+class Place(Protocol):
+    """A worker, wherever it is."""
+
+    def submit(self, method: str, *arguments: Any) -> Future[Any]:
+        """Call a method of the `Worker`; the future raises `WorkerDied` where it is gone."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+def open_places(study: StudyConfig) -> tuple[int, Callable[[int], Place]]:
+    """How many workers the study has, and what makes the one of a number (again, should it have died).
+
+    Raises:
+        UserError: no Ray, or no cluster at its address.
+    """
+    if study.executor == "ray":
+        return _ray(study)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    count = study.workers or max(1, gpus)
+    if count == 1:
+        return 1, lambda number: Here(study)
+    return count, lambda number: Process(study, f"cuda:{number % gpus}" if gpus else "")
+
+
+class Here:
+    """In this process, at once."""
+
+    def __init__(self, study: StudyConfig) -> None:
+        from dragdiff.study.worker import Worker
+
+        self._worker = Worker(study)
+
+    def submit(self, method: str, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(getattr(self._worker, method)(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+class Process:
+    """In a process of its own on this machine."""
+
+    def __init__(self, study: StudyConfig, device: str) -> None:
+        self._pool = ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn"), initializer=_start, initargs=(study, device)
+        )
+
+    def submit(self, method: str, *arguments: Any) -> Future[Any]:
+        try:
+            return _translated(self._pool.submit(_call, method, *arguments), BrokenProcessPool)
+        except BrokenProcessPool as error:
+            raise WorkerDied from error
+
+    def close(self) -> None:
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+
+
+_worker: Any = None  # of a worker's process
+
+
+def _start(study: StudyConfig, device: str) -> None:
+    global _worker
+    from dragdiff.study.worker import Worker
+
+    _worker = Worker(study, device)
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    return getattr(_worker, method)(*arguments)
+
+
+def _translated(future: Future[Any], *death: type[BaseException]) -> Future[Any]:
+    """The same, with a dead worker told from a failed call."""
+    told: Future[Any] = Future()
+
+    def tell(done: Future[Any]) -> None:
+        if done.cancelled():
+            told.cancel()
+            return
+        error = done.exception()
+        if isinstance(error, death):
+            told.set_exception(WorkerDied(one_line(error)))
+        elif error is not None:
+            told.set_exception(error)
+        else:
+            told.set_result(done.result())
+
+    future.add_done_callback(tell)
+    return told
+
+
+# ------------------------------------------------------------------------------------------- Ray
+
+
+def _ray(study: StudyConfig) -> tuple[int, Callable[[int], Place]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("executor is 'ray', which is not installed: pip install 'dragdiff[ray]'") from error
+    # Ray 2.60 would write a token into the home folder; who wants one sets RAY_AUTH_MODE
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if not ray.is_initialized():
+        try:
+            if ":" in study.address:  # Ray itself would wait for minutes
+                host, port = study.address.removeprefix("ray://").rsplit(":", 1)
+                socket.create_connection((host, int(port)), timeout=ANSWER).close()
+            ray.init(
+                address=study.address or "local",
+                num_cpus=None if study.address else max(study.workers, os.cpu_count() or 1),
+                include_dashboard=False if not study.address else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # OSError, ValueError, RuntimeError, ...
+            raise UserError(
+                f"no Ray cluster at address={study.address!r} ({one_line(error)}): start one with `ray start --head`, "
+                "or leave address empty to run on this machine"
+            ) from error
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return study.workers or max(1, gpus), lambda number: RayActor(study, gpus > 0)
+
+
+class RayActor:
+    """In an actor on some node of a Ray cluster, with a GPU of its own where there are any."""
+
+    def __init__(self, study: StudyConfig, on_gpu: bool) -> None:
+        import ray
+
+        from dragdiff.study.worker import Worker
+
+        self._actor: Any = ray.remote(Worker).options(num_cpus=1, num_gpus=1 if on_gpu else 0).remote(study)
+
+    def submit(self, method: str, *arguments: Any) -> Future[Any]:
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+
+        future = _translated(
+            getattr(self._actor, method).remote(*arguments).future(),
+            ActorDiedError,
+            ActorUnavailableError,
+            RayActorError,
+        )
+        return _cause(future, RayTaskError)
+
+    def close(self) -> None:
+        import ray
+
+        ray.kill(self._actor)
+
+
+def _cause(future: Future[Any], wrapper: type[BaseException]) -> Future[Any]:
+    """The same, raising what was raised in the actor."""
+    bare: Future[Any] = Future()
+
+    def tell(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            bare.set_result(done.result())
+        else:
+            bare.set_exception(getattr(error, "cause", None) or error if isinstance(error, wrapper) else error)
+
+    future.add_done_callback(tell)
+    return bare

@@ -1,0 +1,308 @@
+"""Runs a plan: hands its jobs to workers, records what fails, goes on where an earlier run was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from dragdiff.config import MetricsConfig
+from dragdiff.errors import UserError
+from dragdiff.metrics.suite import COLUMNS, check_metrics
+from dragdiff.study.executors import Place, WorkerDied, open_places
+from dragdiff.study.plan import Plan, Task
+from dragdiff.study.store import Store
+from dragdiff.study.table import ordered_path
+from dragdiff.study.worker import Outcome, missing_scores, record_failure
+
+SHOWN = 10  # failures that are listed at the end
+Report = Callable[[str, int, int, str], None]  # stage, done, total, note
+
+
+@dataclass
+class Summary:
+    """What a run of a study has done.
+
+    Attributes:
+        edited, scored_before: tasks done now, and found done.
+        failed: key and reason of the tasks without a result.
+        unavailable: metrics that could not be had, and what to do about it.
+    """
+
+    total: int
+    done: int = 0
+    found: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)  # of edits by a model, by column
+
+
+def open_study(plan: Plan) -> Store:
+    """The study's place in the store; writes what the study is.
+
+    Raises:
+        UserError: another study of that name is there.
+        StoreError: the place can't be read or written.
+    """
+    study = plan.study
+    store = Store(study.results)
+    path = f"{study.name}/study.json"
+    before, identity = store.read_json(path), {"question": study.question, "data": study.data.path}
+    if before is not None:
+        for key, value in identity.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{store.path(study.name)} holds another study ({key}: {before.get(key)!r}, here {value!r}): "
+                    "set another name or results"
+                )
+    store.write_json(path, identity | {"settings": asdict(study)})
+    return store
+
+
+def run(plan: Plan, *, retry_failed: bool = False, report: Report = lambda *_: None) -> Summary:
+    """Do what is missing of a study.
+
+    Args:
+        retry_failed: also what failed before.
+        report: called after each edit.
+
+    Raises:
+        UserError: settings, a model or a place for workers that can't be had.
+        StoreError: the results can't be written; what is there stays.
+    """
+    check_metrics(plan.study.metrics)
+    store = open_study(plan)
+    summary = Summary(total=len(plan.tasks))
+    jobs: list[list[Task]] = []
+    for job in plan.jobs:
+        left = []
+        for task in job:
+            failure = None if retry_failed else store.read_json(f"failures/{task.key}.json")
+            if _is_done(store, task, plan.study.metrics):
+                summary.found += 1
+            elif failure:
+                summary.failed[task.key] = failure["reason"]
+            else:
+                left.append(task)
+        if left:
+            jobs.append(left)
+    if jobs or plan.study.metrics.ordered:
+        _Run(plan, store, jobs, summary, report).loop()
+    return summary
+
+
+def _is_done(store: Store, task: Task, metrics: MetricsConfig, unavailable: Collection[str] = ()) -> bool:
+    return store.has_result(task.key) and set(missing_scores(store, task, metrics)) <= set(unavailable)
+
+
+class _Run:
+    """The state of a run: which worker is at which task of which job."""
+
+    def __init__(self, plan: Plan, store: Store, jobs: list[list[Task]], summary: Summary, report: Report) -> None:
+        self.plan, self.store, self.summary, self.report = plan, store, summary, report
+        self.jobs = deque(deque(job) for job in jobs)
+        self.places: dict[int, Place] = {}
+        self.busy: dict[Future[Any], tuple[int, deque[Task]]] = {}
+        self.deaths: Counter[str] = Counter()
+
+    def loop(self) -> None:
+        count, self.open = open_places(self.plan.study)
+        try:
+            self.places[0] = self.open(0)
+            self._prepare(count)
+            for number in range(min(count, len(self.jobs))):
+                if number not in self.places:
+                    self.places[number] = self.open(number)
+                self._next(number)
+            while self.busy:
+                for future in wait(self.busy, return_when=FIRST_COMPLETED).done:
+                    number, job = self.busy.pop(future)
+                    self._settle(future, number, job)
+                    self._next(number)
+            self._score_in_order()
+        finally:
+            for place in self.places.values():
+                place.close()
+
+    def _prepare(self, count: int) -> None:
+        """Load the first worker's models: which metrics can't be had, and how long it will take."""
+        self.report("models", 0, 1, "")
+        self.summary.unavailable = self._ask("unavailable")
+        self.store.write_json(f"{self.plan.study.name}/unavailable.json", self.summary.unavailable)
+        self._leave_out_done()
+        left = [task for job in self.jobs for task in job]
+        self.work = amortised(left)
+        note = "nothing to edit"
+        if edits := [task for task in left if task.config and not self.store.has_result(task.key)]:
+            seconds = self._ask("pace", edits[0]) * sum(amortised(edits).values()) / min(count, len(self.jobs))
+            note = f"{len(edits)} edits to do, {duration(seconds)} at most if all drags take all their steps"
+        self.report("models", 1, 1, note)
+        self.began, self.work_done = time.monotonic(), 0.0
+        self._say()
+
+    def _score_in_order(self) -> None:
+        """Scores that depend on the order of the samples: those of a variant at once, in the order of their names."""
+        plan = self.plan
+        if not ("distance" in plan.study.metrics.names and plan.study.metrics.ordered):
+            return
+        runs = [(variant.name, seed) for variant in plan.variants for seed in plan.seeds(variant)]
+        for number, (name, seed) in enumerate(runs):
+            self.report("distance", number, len(runs), name)
+            edits = [(subject, plan.keys[name, subject.name, seed]) for subject in plan.subjects]
+            path, inputs = ordered_path(plan, name, seed), [key for _, key in edits if self.store.has_result(key)]
+            if (self.store.read_json(path) or {}).get("inputs") != inputs:
+                found = self._ask("distances_in_order", edits)
+                self.store.write_json(path, {"inputs": inputs, "distances": found})
+        self.report("distance", len(runs), len(runs), "")
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return self.places[0].submit(method, *arguments).result()
+        except WorkerDied as error:
+            raise UserError("the first worker died while it loaded its models: is there enough memory?") from error
+
+    def _leave_out_done(self) -> None:
+        """Where only scores are missing that can't be had, there is nothing to do."""
+        for job in self.jobs if self.summary.unavailable else ():
+            for task in list(job):
+                if _is_done(self.store, task, self.plan.study.metrics, self.summary.unavailable):
+                    self.store.remove(f"failures/{task.key}.json")
+                    job.remove(task)
+                    self.summary.found += 1
+        self.jobs = deque(job for job in self.jobs if job)
+
+    def _next(self, number: int) -> None:
+        """Give a worker the next task of its job, or of another one."""
+        while self.jobs:
+            job = self.jobs.popleft()
+            try:
+                self.busy[self.places[number].submit("run", job[0])] = (number, job)
+                return
+            except WorkerDied:
+                self._replace(number, job)
+
+    def _settle(self, future: Future[Any], number: int, job: deque[Task]) -> None:
+        """Note what became of a job's first task and put back what is left of the job."""
+        try:
+            outcome: Outcome = future.result()
+        except WorkerDied:
+            self._replace(number, job)
+            return
+        self._count(job.popleft(), outcome)
+        if job:
+            self.jobs.appendleft(job)
+
+    def _replace(self, number: int, job: deque[Task]) -> None:
+        """A new worker for one that died. The task that it died of once too often counts as failed."""
+        task = job[0]
+        self.deaths[task.key] += 1
+        if self.deaths[task.key] >= self.plan.study.attempts:
+            reason = f"{self.deaths[task.key]} workers died over it (killed, or out of memory)"
+            record_failure(self.store, task, reason)
+            self._count(job.popleft(), Outcome(task.key, failure=reason))
+        if job:
+            self.jobs.appendleft(job)
+        self.places[number].close()
+        self.places[number] = self.open(number)
+
+    def _count(self, task: Task, outcome: Outcome) -> None:
+        self.work_done += self.work[task.key]
+        if outcome.failure:
+            self.summary.failed[task.key] = outcome.failure
+        else:
+            self.summary.done += 1
+        for values in outcome.scores.values() if task.config else ():
+            for column, numbers in values.items():
+                self.summary.values.setdefault(column, []).append(float(np.mean(numbers)))
+        self._say()
+
+    def _say(self) -> None:
+        summary = self.summary
+        settled = summary.found + summary.done + len(summary.failed)
+        notes = [f"{len(summary.failed)} failed", f"{summary.total - settled} left"]
+        if self.work_done:
+            left = sum(self.work.values()) - self.work_done
+            notes.append(f"about {duration((time.monotonic() - self.began) / self.work_done * left)}")
+        for column, values in list(summary.values.items())[:2]:
+            notes.append(f"{COLUMNS[column].label} {np.mean(values):.2f}")
+        self.report("edits", settled, summary.total, ", ".join(notes))
+
+
+# ------------------------------------------------------------------------------------------- what it takes
+
+Stages = dict[str, dict[Any, tuple[float, list[str]]]]  # stage -> what it is for -> forwards, keys of the tasks
+
+
+def stages(tasks: Sequence[Task]) -> Stages:
+    """What is computed, in forwards of the denoiser, and for which tasks.
+
+    A step of the drag counts as a forward and a backward with mask, one of the LoRA as those of its batch.
+    """
+    found: Stages = {"LoRA": {}, "inversion": {}, "source": {}, "edit": {}}
+
+    def add(stage: str, identity: Any, forwards: float, key: str) -> None:
+        before, keys = found[stage].get(identity, (0.0, []))
+        found[stage][identity] = max(before, forwards), [*keys, key]
+
+    for task in tasks:
+        config = task.config
+        if config is None:
+            add("edit", task.key, 0.01, task.key)
+            continue
+        steps = round(config.ddim.steps * config.ddim.strength)
+        model: tuple[Any, ...] = (task.subject.name, repr(config.model), config.data.max_size, config.lora.path)
+        if task.lora_steps:
+            settings = (config.seed, repr(replace(config.lora, steps=0)))
+            add("LoRA", (model, settings), 3.0 * config.lora.batch_size * config.lora.steps, task.key)
+            model = (*model, *settings, config.lora.steps)
+        add("inversion", (model, steps, config.ddim.steps), steps, task.key)
+        if config.control.enabled:
+            add("source", (model, steps, config.ddim.steps, config.control.start_layer), steps, task.key)
+        add("edit", task.key, 2.3 * config.drag.steps + steps, task.key)
+    return found
+
+
+def amortised(tasks: Sequence[Task]) -> dict[str, float]:
+    """About how many forwards each task takes at most; what several share is divided among them."""
+    work = {task.key: 0.0 for task in tasks}
+    for shared in stages(tasks).values():
+        for forwards, keys in shared.values():
+            for key in keys:
+                work[key] += forwards / len(keys)
+    return work
+
+
+def duration(seconds: float) -> str:
+    """As a person says it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def describe(plan: Plan) -> str:
+    """What a study will do, in a few lines."""
+    study, counts = plan.study, {stage: len(shared) for stage, shared in stages(plan.tasks).items()}
+    baselines = sum(1 for variant in plan.variants if variant.baseline)
+    lines = [
+        f"study {study.name}: {study.question}".rstrip(": "),
+        f"{len(plan.variants) - baselines} variants x {len(plan.subjects)} samples x {len(study.seeds)} seeds and "
+        f"{baselines} baselines: {sum(1 for task in plan.tasks if task.config)} different edits",
+        f"they share {counts['LoRA']} trainings of a LoRA, {counts['inversion']} inversions and "
+        f"{counts['source']} denoisings of a source",
+    ]
+    return "\n".join(lines)
+
+
+def outcome(plan: Plan, summary: Summary) -> str:
+    """What a run has done, in a few lines."""
+    lines = [f"{summary.done} done now, {summary.found} found done, {len(summary.failed)} failed of {summary.total}"]
+    names = {task.key: task.subject.name for task in plan.tasks}
+    reasons = dict.fromkeys(f"failed: {names[key]}: {reason}" for key, reason in summary.failed.items())
+    lines += [*list(reasons)[:SHOWN], *([f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else [])]
+    lines += [f"not measured: {name}: {reason}" for name, reason in summary.unavailable.items()]
+    return "\n".join(lines)

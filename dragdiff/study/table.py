@@ -1,0 +1,171 @@
+"""What a study has measured, as tables (pandas). They depend on the results alone, not on order or workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dragdiff.cache import digest
+from dragdiff.errors import UserError
+from dragdiff.metrics.statistics import Mean, mean_over_images, mean_over_pairs, paired_difference
+from dragdiff.metrics.suite import COLUMNS, metric_key
+from dragdiff.study.plan import Plan
+from dragdiff.study.store import SCORES, Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ALL = "all"  # in place of a category
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that was measured, and what was not.
+
+    Attributes:
+        scores: one row for each value: variant, category, sample, seed, pair (0 for values of the whole picture),
+            column (a key of `COLUMNS`), value. In the order of the variants, then by sample and seed.
+        failures: one row for each edit that failed or has no scores yet: variant, category, sample, seed, reason ("" =
+            not run yet).
+    """
+
+    plan: Plan
+    scores: pd.DataFrame
+    failures: pd.DataFrame
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that have values, in their order."""
+        measured = set(self.scores["column"])
+        return [column for column in COLUMNS if column in measured]
+
+    def values(self, variant: str, column: str, category: str = ALL) -> dict[str, np.ndarray]:
+        """By sample, the values of its pairs for all seeds, (seeds * pairs,)."""
+        rows = self._parts.get((variant, column), self.scores[:0])
+        if category != ALL:
+            rows = rows[rows["category"] == category]
+        return {name: group["value"].to_numpy() for name, group in rows.groupby("sample", sort=True)}
+
+    @cached_property
+    def _parts(self) -> dict[Any, pd.DataFrame]:
+        return dict(list(self.scores.groupby(["variant", "column"], sort=False)))
+
+
+def measured(plan: Plan, store: Store) -> Measured:
+    """Read the scores of a study.
+
+    Raises:
+        UserError: pandas is missing.
+    """
+    pd = pandas()
+    wanted = [metric_key(name, plan.study.metrics) for name in plan.study.metrics.names]
+    seen: dict[str, dict[str, dict[str, list[float]]]] = {}
+    in_order: dict[str, dict[str, dict[str, list[float]]]] = {}
+    scores, failures = [], []
+    for variant in plan.variants:
+        for subject in plan.subjects:
+            for seed in plan.seeds(variant):
+                key = plan.keys[variant.name, subject.name, seed]
+                place = {"variant": variant.name, "category": subject.category, "sample": subject.name, "seed": seed}
+                if key not in seen:
+                    seen[key] = store.read_json(f"results/{key}/{SCORES}") or {}
+                found = [seen[key][name] for name in wanted if name in seen[key]]
+                if plan.study.metrics.ordered:
+                    path = ordered_path(plan, variant.name, seed)
+                    if path not in in_order:
+                        in_order[path] = (store.read_json(path) or {}).get("distances", {})
+                    found += [in_order[path][subject.name]] if subject.name in in_order[path] else []
+                failure = (store.read_json(f"failures/{key}.json") or {}) if len(found) < len(wanted) else {}
+                if failure or not found:
+                    failures.append(place | {"reason": failure.get("reason", "")})
+                values = {column: numbers for entry in found for column, numbers in entry.items()}
+                for column in COLUMNS:
+                    scores += [
+                        place | {"pair": pair, "column": column, "value": value}
+                        for pair, value in enumerate(values.get(column, []))
+                    ]
+    for name, reason in plan.broken:
+        failures.append({"variant": ALL, "category": "", "sample": name, "seed": "", "reason": reason})
+    columns = ["variant", "category", "sample", "seed"]
+    return Measured(
+        plan,
+        pd.DataFrame(scores, columns=[*columns, "pair", "column", "value"]),
+        pd.DataFrame(failures, columns=[*columns, "reason"]),
+    )
+
+
+def ordered_path(plan: Plan, variant: str, seed: int) -> str:
+    """Where the distances of a variant are that depend on the order of the samples."""
+    return f"{plan.study.name}/ordered/{digest(variant=variant, seed=seed, metrics=asdict(plan.study.metrics))}.json"
+
+
+def summary(data: Measured, *, categories: Sequence[str] = (ALL,)) -> pd.DataFrame:
+    """Means with 95 % intervals, and paired differences to the study's reference variant.
+
+    Args:
+        categories: `ALL`, or names of some.
+
+    Returns:
+        One row for each variant, category and column: variant, category, column, value, low, high (the published mean:
+        over pairs or images, see `COLUMNS`), images, pairs, difference, difference_low, difference_high (mean over the
+        images that both have of ours - the reference's; NaN for the reference itself).
+
+    """
+    names, reference = [variant.name for variant in data.plan.variants], data.plan.reference
+    rows = []
+    for category in categories:
+        for column in data.columns:
+            over_pairs = COLUMNS[column].over == "pairs"
+            theirs = data.values(reference, column, category)
+            for name in names:
+                ours = data.values(name, column, category)
+                mean = (mean_over_pairs if over_pairs else mean_over_images)(list(ours.values()))
+                both = sorted(ours.keys() & theirs.keys()) if name != reference else []
+                difference = paired_difference([ours[key] for key in both], [theirs[key] for key in both])
+                rows.append(
+                    {"variant": name, "category": category, "column": column}
+                    | asdict(mean)
+                    | {"difference": difference.value}
+                    | {"difference_low": difference.low, "difference_high": difference.high}
+                )
+    order = ["variant", "category", "column", *Mean.__dataclass_fields__]
+    return pandas().DataFrame(rows, columns=[*order, "difference", "difference_low", "difference_high"])
+
+
+def group(column: str) -> str:
+    """The columns that belong on one sheet: distances, pictures (likeness to source or truth), accuracy (DAI)."""
+    return "accuracy" if column.startswith("dai") else "distances" if "distance" in column else "pictures"
+
+
+def title(column: str) -> str:
+    """A column's name with an arrow towards better, and its unit."""
+    about = COLUMNS[column]
+    return f"{about.label} {'↑' if about.higher else '↓'}{f', {about.unit}' if about.unit else ''}"
+
+
+def decimals(column: str) -> int:
+    """With how many decimals a column is written."""
+    return 2 if COLUMNS[column].unit.startswith(("px", "dB", "%")) else 3
+
+
+def number(column: str, value: float, sign: str = "-") -> str:
+    """A value of a column as reports write it; `–` for NaN. With sign="+", positive ones have one too."""
+    if np.isnan(value):
+        return "–"
+    if np.isinf(value):
+        return f"{'-' if value < 0 else sign.strip('-')}∞"
+    places = decimals(column)
+    return f"{round(value, places) + 0.0:{sign}.{places}f}"  # + 0.0: no -0.00
+
+
+def pandas() -> Any:
+    """The library, or what to install."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise UserError("tables need pandas: pip install 'dragdiff[study]'") from error
+    return pandas

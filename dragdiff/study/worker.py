@@ -1,0 +1,210 @@
+"""What runs one task: the edit, then its scores, into the store. Lives in the process that has the model loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dragdiff import output
+from dragdiff.config import Config, MetricsConfig, StudyConfig, to_yaml
+from dragdiff.editor import Editor, EditResult
+from dragdiff.errors import UserError, one_line
+from dragdiff.metrics.suite import Suite, Values, metric_key
+from dragdiff.modules.loading import load_backbone
+from dragdiff.study.plan import Subject, Task, baseline_picture
+from dragdiff.study.store import RESULT, SCORES, Store, StoreError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task.
+
+    Attributes:
+        scores: by metric (as `metric_key` names it), then by column.
+        failure: the reason, where there is no result.
+        seconds: wall time; 0 where the result and its scores were there already.
+    """
+
+    key: str
+    scores: dict[str, Values] = field(default_factory=dict)
+    failure: str = ""
+    seconds: float = 0.0
+
+
+class Worker:
+    """One model, kept loaded, and the metrics'."""
+
+    def __init__(self, study: StudyConfig, device: str = "") -> None:
+        """
+        Args:
+            device: in place of `model.device=auto`, where each worker has its own.
+        """
+        self.study, self.device = study, device
+        self.store = Store(study.results)
+        self._editor: Editor | None = None
+        self._loaded = ""
+        self._suite: Suite | None = None
+
+    def unavailable(self) -> dict[str, str]:
+        """Metrics that can't be had here, and what to do about it. Loads their models."""
+        return self._metrics().unavailable
+
+    def pace(self, task: Task) -> float:
+        """Seconds that a forward of the denoiser takes for the picture of a task, median of a few. Loads the model."""
+        assert task.config is not None
+        editor = self._configured(task.config)
+        image = task.subject.sample.resized(task.config.data.max_size).image
+        backbone = editor.backbone
+        shape = (1, backbone.latent_channels, *backbone.latent_size(*image.shape[:2]))
+        latent, seconds = torch.zeros(shape, device=backbone.device), []
+        with _threads(self.study.threads), torch.no_grad():
+            embedding = backbone.embed([""])
+            for _ in range(4):
+                start = time.perf_counter()
+                backbone.predict(latent, torch.tensor(500), embedding).sum().item()
+                seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds[1:]))
+
+    def run(self, task: Task) -> Outcome:
+        """Edit, if there is no result yet; score it, if scores are missing. A failed edit is recorded, not raised.
+
+        Raises:
+            StoreError: the results can't be read or written.
+        """
+        start = time.perf_counter()
+        missing = missing_scores(self.store, task, self.study.metrics)
+        if self.store.has_result(task.key) and not missing:
+            return Outcome(task.key, self.store.read_json(f"results/{task.key}/{SCORES}") or {})
+        try:
+            with _threads(self.study.threads):
+                picture = self._edit(task)
+                scores = self._score(task, picture, missing)
+        except StoreError:
+            raise
+        except Exception as error:  # whatever an edit may run into: the study goes on
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+            record_failure(self.store, task, reason, traceback.format_exc())
+            return Outcome(task.key, failure=reason, seconds=time.perf_counter() - start)
+        self.store.remove(f"failures/{task.key}.json")
+        return Outcome(task.key, scores, seconds=time.perf_counter() - start)
+
+    def distances_in_order(self, edits: list[tuple[Subject, str]]) -> dict[str, Values]:
+        """Mean distance with one noise generator for all edits (samples and their results' keys), by sample."""
+        suite = Suite(self.study.metrics, ["distance"])
+        found: dict[str, Values] = {}
+        with _threads(self.study.threads):
+            for subject, key in edits:
+                picture = self.store.read(f"results/{key}/edited.png")
+                values = suite.score("distance", subject, _picture(picture)) if picture is not None else None
+                if values is not None:
+                    found[subject.name] = values
+        return found
+
+    def _edit(self, task: Task) -> np.ndarray:
+        """The task's picture (H, W, 3) uint8, from its result or made now."""
+        kept = self.store.read(f"results/{task.key}/edited.png") if self.store.has_result(task.key) else None
+        if kept is not None:
+            return _picture(kept)
+        if task.config is None:
+            picture = baseline_picture(task.baseline, task.subject)
+            self.store.write_result(task.key, {"edited.png": _png(picture), RESULT: _json({"baseline": task.baseline})})
+            return picture
+        editor = self._configured(task.config)
+        if task.lora_steps:
+            editor.share_lora(task.subject.sample, task.lora_steps)
+        try:
+            result = editor.edit(task.subject.sample)
+        except torch.OutOfMemoryError:  # what is kept for the picture's other edits may be what is too much
+            result = editor.without_memory().edit(task.subject.sample)
+        self.store.write_result(task.key, _files(result, task))
+        return result.image
+
+    def _configured(self, config: Config) -> Editor:
+        if self.device and config.model.device == "auto":
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=self.device))
+        if self._editor is None or self._loaded != repr(config.model):
+            self._editor = None  # the memory of the model before is free before the next is loaded
+            self._editor, self._loaded = Editor(config, load_backbone(config.model)), repr(config.model)
+        return self._editor.reconfigured(config)
+
+    def _metrics(self) -> Suite:
+        if self._suite is None:
+            settings = self.study.metrics
+            if self.device and settings.distance.device == "auto":
+                distance = dataclasses.replace(settings.distance, device=self.device)
+                settings = dataclasses.replace(settings, distance=distance)
+            self._suite = Suite(settings, pooled_metrics(settings))
+        return self._suite
+
+    def _score(self, task: Task, picture: np.ndarray, missing: list[str]) -> dict[str, Values]:
+        path = f"results/{task.key}/{SCORES}"
+        before = scores = self.store.read_json(path) or {}
+        for name in missing:
+            values = self._metrics().score(name, task.subject, picture)
+            if values is not None:
+                scores = scores | {metric_key(name, self.study.metrics): values}
+        if scores != before:
+            self.store.write_json(path, scores)
+        return scores
+
+
+def pooled_metrics(settings: MetricsConfig) -> list[str]:
+    """The metrics whose value for an edit depends on nothing but the edit."""
+    return [name for name in settings.names if not (name == "distance" and settings.ordered)]
+
+
+def missing_scores(store: Store, task: Task, settings: MetricsConfig) -> list[str]:
+    """The metrics for which a result has no scores yet."""
+    scores = store.read_json(f"results/{task.key}/{SCORES}") or {}
+    return [name for name in pooled_metrics(settings) if metric_key(name, settings) not in scores]
+
+
+def record_failure(store: Store, task: Task, reason: str, details: str = "") -> None:
+    """Say in the store why a task has no result."""
+    store.write_json(f"failures/{task.key}.json", {"sample": task.subject.name, "reason": reason, "details": details})
+
+
+def _files(result: EditResult, task: Task) -> dict[str, bytes]:
+    facts = output.metrics(result) | {"trajectory": np.round(result.trajectory, 2).tolist()}
+    assert task.config is not None
+    return {
+        "edited.png": _png(result.image),
+        "config.yaml": to_yaml(dataclasses.replace(task.config, sample=task.subject.source)).encode(),
+        RESULT: _json(facts),
+    }
+
+
+def _picture(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value) + "\n").encode()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch's number of threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
