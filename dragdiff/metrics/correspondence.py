@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,26 +147,27 @@ class MeanDistance(Metric):
         self._backbone = (backbone,)  # in a tuple: no submodule
         self.t, self.block, self.ensemble, self.variant, self.seed = t, block, ensemble, variant, seed
         self._ordered = torch.Generator().manual_seed(seed) if ordered else None
+        self._source: tuple[int, Any] = (-1, None)  # seed and features of the sample before: often it comes again
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def features(self, sample: EditSample, edited: np.ndarray) -> tuple[FeatureMap, FeatureMap]:
         """Of the source and of the edited picture (H, W, 3) uint8, which must have the sample's size."""
-        maps = []
-        for image in (np.asarray(sample.image), edited):
-            generator = self._ordered or torch.Generator().manual_seed(sample_seed(self.seed, sample))
-            maps.append(
-                diffusion_features(
-                    self._backbone[0],
-                    image,
-                    sample.prompt,
-                    t=self.t,
-                    block=self.block,
-                    ensemble=self.ensemble,
-                    generator=generator,
-                )
-            )
-        return maps[0], maps[1]
+        seed = sample_seed(self.seed, sample)
+        if self._ordered is not None or self._source[0] != seed:
+            self._source = seed, self._features(sample.image, sample, seed)
+        return self._source[1], self._features(edited, sample, seed)
+
+    def _features(self, image: np.ndarray, sample: EditSample, seed: int) -> FeatureMap:
+        return diffusion_features(
+            self._backbone[0],
+            np.asarray(image),
+            sample.prompt,
+            t=self.t,
+            block=self.block,
+            ensemble=self.ensemble,
+            generator=self._ordered or torch.Generator().manual_seed(seed),
+        )
 
     def distances(self, sample: EditSample, edited: np.ndarray) -> np.ndarray:
         """(N,) for the pairs of one sample, whose edited picture is (H, W, 3) uint8 of its size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from dragdiff.errors import UserError, one_line
 from dragdiff.modules.images import to_tensor
+from dragdiff.modules.loading import hub_folder
 
 Score = Callable[[np.ndarray, np.ndarray], float]  # of two pictures (H, W, 3) uint8
 SIDE = 224  # px at which LPIPS compares
@@ -63,13 +65,16 @@ def clip_similarity(model: str, revision: str) -> Score:
     from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
     try:
+        if not Path(model).expanduser().is_dir():  # transformers would ask a hub that does not answer for minutes
+            hub_folder(model, revision, needed=["config.json", "preprocessor_config.json"])
         settings: dict[str, Any] = {"revision": revision} if revision else {}
         processor = AutoImageProcessor.from_pretrained(model, use_fast=False, **settings)
         network = CLIPVisionModelWithProjection.from_pretrained(model, use_safetensors=True, **settings).eval()
     except Exception as error:  # no network, a foreign model: the libraries raise many things
+        pinned = f" --revision {revision}" if revision else ""
         raise UserError(
             f"CLIP similarity needs the model {model!r} with .safetensors weights ({one_line(error)}): give a local "
-            f"folder, or fetch it once with network, `hf download {model}`"
+            f"folder, or fetch it once with network, `hf download {model}{pinned}`"
         ) from error
 
     @torch.no_grad()

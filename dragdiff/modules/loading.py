@@ -102,7 +102,7 @@ def _config_folder(config: ModelConfig) -> Path:
     """Where the configurations of the model's components are, in diffusers' layout."""
     path = _local(config.path)
     if path is None:
-        return _hub_folder(config.path, config.revision)
+        return hub_folder(config.path, config.revision)
     return single_file.SHIPPED / single_file.family(path) if path.is_file() else path
 
 
@@ -162,7 +162,7 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) -> Path:
+def hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) -> Path:
     """Where the hub's cache holds a model; its configurations are fetched if they are not there.
 
     What is there is taken without asking the hub. A hub that does not answer is given up after seconds, not minutes.
@@ -283,7 +283,7 @@ def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **
     if path and path.is_file():
         return from_file(path, **settings)
     settings["use_safetensors"] = True  # None would fall back to pickled weights
-    folder = path or _hub_folder(name, revision, needed=["config.json"] if kind is AutoencoderKL else CONFIGS)
+    folder = path or hub_folder(name, revision, needed=["config.json"] if kind is AutoencoderKL else CONFIGS)
     weights = folder if (folder / "config.json").is_file() else folder / "unet"
     halves = all(".fp16." in file.name for file in weights.glob("*.safetensors"))
     try:
