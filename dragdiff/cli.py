@@ -105,12 +105,13 @@ def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study
 def main_report(argv: Sequence[str] | None = None, *, prog: str = "dragdiff report") -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage="%(prog)s STUDY [key=value ...]",
+        usage="%(prog)s STUDY [key=value ...] [--brief]",
         description=REPORT_HELP.replace("{prog}", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", metavar="STUDY", help="its YAML file, or its folder in the results")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `dragdiff study`, with a YAML file")
+    parser.add_argument("--brief", action="store_true", help="without the gallery and the single values")
     return run(report, parser, argv)
 
 
@@ -259,7 +260,7 @@ def report(arguments: argparse.Namespace) -> int:
 
     plan = expand(find_study(arguments.study, arguments.settings))
     with closing(Bars("sample")) as bars:
-        paths = write_report(plan, Store(plan.study.results), progress=bars)
+        paths = write_report(plan, Store(plan.study.results), brief=arguments.brief, progress=bars)
     print("wrote", *paths, sep="\n  ")
     return 0
 

@@ -125,6 +125,16 @@ def test_all_files_are_there(reported):
     assert set(contents(reported[1])) == FILES
 
 
+@pytest.mark.parametrize("brief", [[], ["--brief"]])
+def test_the_brief_report_is_what_a_repository_wants_and_no_link_is_dead(brief, tmp_path):
+    path = study_file(tmp_path)
+    fake(expand(load_study(path)))
+    assert main(["report", str(path), *brief]) == 0
+    files = contents(tmp_path / "results" / "lr" / "report")
+    assert set(files) == FILES - ({"scores.csv", "scores.parquet", "gallery.html"} if brief else set())
+    assert set(re.findall(r"\]\(([^)]*)\)", files["report.md"].decode())) == set(files) - {"report.md"}
+
+
 def test_means_and_differences(reported):
     plan, folder = reported
     table = pd.read_csv(folder / "summary.csv").set_index(["category", "column", "variant"])

@@ -83,10 +83,11 @@ def _is_section(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def write_report(plan: Plan, store: Store, *, progress: Progress = lambda *_: None) -> list[str]:
+def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Progress = lambda *_: None) -> list[str]:
     """Write all files of the report below `<study name>/report/`; missing edits are shown as missing.
 
     Args:
+        brief: leave out the large files, gallery and single values: what is left can stand beside the study's file.
         progress: called while the pictures are read, and after each file.
 
     Returns:
@@ -110,14 +111,14 @@ def write_report(plan: Plan, store: Store, *, progress: Progress = lambda *_: No
     ways = _ways(plan, store)
     pictures = plots.draw(data, table[table["category"] == ALL], ways)
     files = {
-        "report.md": _markdown(data, table, list(pictures), _unavailable(plan, store)).encode(),
+        "report.md": _markdown(data, table, list(pictures), _unavailable(plan, store), brief).encode(),
         "study.yaml": to_yaml(portable(plan.study)).encode(),
         "summary.csv": _csv(table),
-        "scores.csv": _csv(data.scores),
-        "scores.parquet": _parquet(data.scores),
         **pictures,
-        "gallery.html": gallery.page(data, store, ways, progress=progress).encode(),
     }
+    if not brief:
+        files |= {"scores.csv": _csv(data.scores), "scores.parquet": _parquet(data.scores)}
+        files["gallery.html"] = gallery.page(data, store, ways, progress=progress).encode()
     for path, content in files.items():
         store.write(f"{plan.study.name}/report/{path}", content)
     return [store.path(plan.study.name, "report", path) for path in files]
@@ -167,7 +168,9 @@ def _parquet(table: pd.DataFrame) -> bytes:
 # ------------------------------------------------------------------------------------------- Markdown
 
 
-def _markdown(data: Measured, table: pd.DataFrame, pictures: list[str], unavailable: Mapping[str, str]) -> str:
+def _markdown(
+    data: Measured, table: pd.DataFrame, pictures: list[str], unavailable: Mapping[str, str], brief: bool
+) -> str:
     plan = data.plan
     means: Means = {(row.category, row.column, row.variant): row for row in table.itertuples()}
     reference = text(plan.reference)
@@ -205,7 +208,7 @@ def _markdown(data: Measured, table: pd.DataFrame, pictures: list[str], unavaila
     if unavailable:
         rows = [(text(name), text(reason)) for name, reason in unavailable.items()]
         parts += ["## Metrics that could not be had", _rows(("metric", "reason"), rows)]
-    parts += _files(plan)
+    parts += _files(plan, brief)
     return "\n\n".join(parts) + "\n"
 
 
@@ -250,7 +253,7 @@ def _what_was_run(data: Measured) -> list[str]:
     return [
         f"{len(plan.subjects)} samples of {source} ({samples}), seed{'s' if len(plan.study.seeds) > 1 else ''} "
         f"{seeds}. Of {done + bad + left} edits {done} are measured, {bad} failed, {left} are missing.{state} "
-        f"The variants are compared with {text(plan.reference)}. Every picture: [gallery.html](gallery.html).",
+        f"The variants are compared with {text(plan.reference)}.",
         "## What was run",
         _rows(("variant", *(["settings"] if named else ()), "measured", "failed", "missing"), rows),
     ]
@@ -324,13 +327,14 @@ def _some(names: Sequence[str]) -> str:
     return text(", ".join(names[:LISTED])) + more
 
 
-def _files(plan: Plan) -> list[str]:
+def _files(plan: Plan, brief: bool) -> list[str]:
     folder = "" if plan.study.data.path == SCENES else " data.path=FOLDER_OF_THE_SAMPLES"
     return [
         "## Files, and how to make them again",
-        "[gallery.html](gallery.html): every picture. [summary.csv](summary.csv): all means, intervals and "
-        "differences, also by category. [scores.csv](scores.csv), [scores.parquet](scores.parquet): every value. "
-        "[study.yaml](study.yaml): every setting of the study. In this folder:",
+        "[summary.csv](summary.csv): all means, intervals and differences, also by category. "
+        + ("" if brief else "[scores.csv](scores.csv), [scores.parquet](scores.parquet): every value. ")
+        + ("" if brief else "[gallery.html](gallery.html): every picture. ")
+        + "[study.yaml](study.yaml): every setting of the study. In this folder:",
         f"```\ndragdiff study study.yaml{folder}\ndragdiff report study.yaml{folder}\n```",
     ]
 
