@@ -10,6 +10,8 @@ import random
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -619,16 +621,45 @@ class Fragile:
 
     def submit(self, method, *arguments):
         if method == "run" and self.deaths and self.deaths.pop(0):
-            raise executors.WorkerDied("gone")
+            future = Future()
+            future.set_exception(executors.WorkerDied("gone"))
+            return future
         return self.place.submit(method, *arguments)
 
     def close(self):
         pass
 
 
+def test_workers_that_die_as_they_start_are_given_up(file, monkeypatch, capsys):
+    """Others go on; with none left, what was done is kept."""
+
+    class Stillborn(Fragile):
+        def submit(self, method, *arguments):
+            future = Future()
+            if method == "ping":
+                future.set_exception(executors.WorkerDied("gone"))
+                return future
+            return super().submit(method, *arguments)
+
+    places = nullcontext((3, lambda number: Stillborn(number, [])))
+    monkeypatch.setattr(runner, "open_places", lambda study: places)
+    original = executors.Here
+    monkeypatch.setattr(executors, "Here", lambda number: original(load_study(file())))
+    assert cli.main(["study", str(file())]) == 0
+    assert "9 done now" in capsys.readouterr().out
+
+    dying = nullcontext((1, lambda number: Stillborn(number, [0, 1])))
+    monkeypatch.setattr(runner, "open_places", lambda study: dying)
+    path = file("other", grid={"drag.lr": [0.2]})
+    assert "every worker died as it started" in refused_late(capsys, path)
+    monkeypatch.undo()
+    assert cli.main(["study", str(path)]) == 0
+    assert "2 done now, 7 found done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("deaths", "failed"), [([1, 0, 1], 0), ([1, 1, 0], 0), ([0, 1, 1, 1], 1)])
 def test_edit_of_a_dead_worker_is_done_by_another(deaths, failed, file, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "open_places", lambda study: (1, lambda number: Fragile(study, deaths)))
+    monkeypatch.setattr(runner, "open_places", lambda study: nullcontext((1, lambda number: Fragile(study, deaths))))
     assert cli.main(["study", str(file())]) == (1 if failed else 0)
     said = capsys.readouterr().out
     assert f"{9 - failed} done now, 0 found done, {failed} failed of 9" in said
@@ -710,10 +741,8 @@ def test_ray_gives_what_this_machine_gives_and_outlives_a_killed_actor(file, tmp
     def is_actor(process):
         return (process.info["cmdline"] or [""])[0].startswith("ray::Worker")
 
-    try:
-        summary = runner.run(plan, report=kill_one)
-    finally:
-        ray.shutdown()
+    summary = runner.run(plan, report=kill_one)
+    assert not ray.is_initialized()
     assert killed and summary.done == summary.total == 15 and not summary.failed
     runner.run(plan_of(path, f"results={tmp_path / 'other'}"))
     assert scores_of(path) == scores_of(path, f"results={tmp_path / 'other'}")

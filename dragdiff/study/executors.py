@@ -6,14 +6,14 @@ import logging
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from dragdiff.config import StudyConfig
 from dragdiff.errors import UserError, one_line
-
 
 ANSWER = 5.0  # s for a cluster to answer
 
@@ -32,21 +32,25 @@ class Place(Protocol):
         """End it."""
 
 
-def open_places(study: StudyConfig) -> tuple[int, Callable[[int], Place]]:
+@contextmanager
+def open_places(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], Place]]]:
     """How many workers the study has, and what makes the one of a number (again, should it have died).
 
     Raises:
         UserError: no Ray, or no cluster at its address.
     """
     if study.executor == "ray":
-        return _ray(study)
+        with _cluster(study) as room:
+            yield room
+        return
     import torch
 
     gpus = torch.cuda.device_count()
     count = study.workers or max(1, gpus)
     if count == 1:
-        return 1, lambda number: Here(study)
-    return count, lambda number: Process(study, f"cuda:{number % gpus}" if gpus else "")
+        yield 1, lambda number: Here(study)
+    else:
+        yield count, lambda number: Process(study, f"cuda:{number % gpus}" if gpus else "")
 
 
 class Here:
@@ -81,7 +85,9 @@ class Process:
         try:
             return _translated(self._pool.submit(_call, method, *arguments), BrokenProcessPool)
         except BrokenProcessPool as error:
-            raise WorkerDied from error
+            dead: Future[Any] = Future()
+            dead.set_exception(WorkerDied(one_line(error)))
+            return dead
 
     def close(self) -> None:
         processes = list((self._pool._processes or {}).values())
@@ -127,32 +133,45 @@ def _translated(future: Future[Any], *death: type[BaseException]) -> Future[Any]
 # ------------------------------------------------------------------------------------------- Ray
 
 
-def _ray(study: StudyConfig) -> tuple[int, Callable[[int], Place]]:
+@contextmanager
+def _cluster(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], Place]]]:
     try:
         import ray
     except ImportError as error:
         raise UserError("executor is 'ray', which is not installed: pip install 'dragdiff[ray]'") from error
-    # Ray 2.60 would write a token into the home folder; who wants one sets RAY_AUTH_MODE
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    if not ray.is_initialized():
-        try:
+    started = not ray.is_initialized()
+    if started:
+        _connect(study)
+    try:
+        room = ray.cluster_resources()
+        gpus = int(room.get("GPU", 0))
+        slots = gpus or int(room.get("CPU", 1))
+        yield min(study.workers or max(1, gpus), slots), lambda number: RayActor(study, gpus > 0)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _connect(study: StudyConfig) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if study.address:
             if ":" in study.address:  # Ray itself would wait for minutes
                 host, port = study.address.removeprefix("ray://").rsplit(":", 1)
                 socket.create_connection((host, int(port)), timeout=ANSWER).close()
-            ray.init(
-                address=study.address or "local",
-                num_cpus=None if study.address else max(study.workers, os.cpu_count() or 1),
-                include_dashboard=False if not study.address else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except Exception as error:  # OSError, ValueError, RuntimeError, ...
-            raise UserError(
-                f"no Ray cluster at address={study.address!r} ({one_line(error)}): start one with `ray start --head`, "
-                "or leave address empty to run on this machine"
-            ) from error
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    return study.workers or max(1, gpus), lambda number: RayActor(study, gpus > 0)
+            ray.init(address=study.address, **quiet)
+        else:
+            # nobody else can reach it; Ray would write a token into the home folder
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            cpus = max(study.workers, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except Exception as error:  # OSError, ValueError, RuntimeError, ...
+        raise UserError(
+            f"no Ray cluster at address={study.address!r} ({one_line(error)}): start one with `ray start --head`, "
+            "or leave address empty to run on this machine"
+        ) from error
 
 
 class RayActor:

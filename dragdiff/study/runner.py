@@ -111,23 +111,22 @@ class _Run:
         self.deaths: Counter[str] = Counter()
 
     def loop(self) -> None:
-        count, self.open = open_places(self.plan.study)
-        try:
-            self.places[0] = self.open(0)
-            self._prepare(count)
-            for number in range(min(count, len(self.jobs))):
-                if number not in self.places:
-                    self.places[number] = self.open(number)
-                self._next(number)
-            while self.busy:
-                for future in wait(self.busy, return_when=FIRST_COMPLETED).done:
-                    number, job = self.busy.pop(future)
-                    self._settle(future, number, job)
-                    self._next(number)
-            self._score_in_order()
-        finally:
-            for place in self.places.values():
-                place.close()
+        with open_places(self.plan.study) as (count, self.open):
+            try:
+                self.places[0] = self.open(0)
+                self._prepare(count)
+                for number in range(1, min(count, len(self.jobs))):
+                    self._start(number)
+                self._next(0)
+                while any(job for _, job in self.busy.values()) or (self.jobs and self.busy):
+                    for future in wait(self.busy, return_when=FIRST_COMPLETED).done:
+                        self._settle(future, *self.busy.pop(future))
+                if self.jobs:
+                    raise UserError("every worker died as it started: is there enough memory?")
+                self._score_in_order()
+            finally:
+                for place in self.places.values():
+                    place.close()
 
     def _prepare(self, count: int) -> None:
         """Load the first worker's models: which metrics can't be had, and how long it will take."""
@@ -162,9 +161,9 @@ class _Run:
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         try:
-            return self.places[0].submit(method, *arguments).result()
+            return next(iter(self.places.values())).submit(method, *arguments).result()
         except WorkerDied as error:
-            raise UserError("the first worker died while it loaded its models: is there enough memory?") from error
+            raise UserError("a worker died while it loaded its models: is there enough memory?") from error
 
     def _leave_out_done(self) -> None:
         """Where only scores are missing that can't be had, there is nothing to do."""
@@ -176,39 +175,44 @@ class _Run:
                     self.summary.found += 1
         self.jobs = deque(job for job in self.jobs if job)
 
+    def _start(self, number: int) -> None:
+        """A worker that gets its first task once it is there: a cluster may have no room for it for a while."""
+        self.places[number] = self.open(number)
+        self.busy[self.places[number].submit("ping")] = (number, deque())
+
     def _next(self, number: int) -> None:
         """Give a worker the next task of its job, or of another one."""
-        while self.jobs:
+        if self.jobs:
             job = self.jobs.popleft()
-            try:
-                self.busy[self.places[number].submit("run", job[0])] = (number, job)
-                return
-            except WorkerDied:
-                self._replace(number, job)
+            self.busy[self.places[number].submit("run", job[0])] = (number, job)
 
     def _settle(self, future: Future[Any], number: int, job: deque[Task]) -> None:
-        """Note what became of a job's first task and put back what is left of the job."""
+        """Note what became of a job's first task (none: the worker has started) and give the worker another one."""
         try:
-            outcome: Outcome = future.result()
+            outcome = future.result()
         except WorkerDied:
             self._replace(number, job)
             return
-        self._count(job.popleft(), outcome)
+        if job:
+            self._count(job.popleft(), outcome)
         if job:
             self.jobs.appendleft(job)
+        self._next(number)
 
     def _replace(self, number: int, job: deque[Task]) -> None:
         """A new worker for one that died. The task that it died of once too often counts as failed."""
-        task = job[0]
-        self.deaths[task.key] += 1
-        if self.deaths[task.key] >= self.plan.study.attempts:
-            reason = f"{self.deaths[task.key]} workers died over it (killed, or out of memory)"
-            record_failure(self.store, task, reason)
-            self._count(job.popleft(), Outcome(task.key, failure=reason))
+        cause = job[0].key if job else f"start of worker {number}"
+        self.deaths[cause] += 1
+        hopeless = self.deaths[cause] >= self.plan.study.attempts
+        if job and hopeless:
+            reason = f"{self.deaths[cause]} workers died over it (killed, or out of memory)"
+            record_failure(self.store, job[0], reason)
+            self._count(job.popleft(), Outcome(cause, failure=reason))
         if job:
             self.jobs.appendleft(job)
-        self.places[number].close()
-        self.places[number] = self.open(number)
+        self.places.pop(number).close()
+        if self.jobs and not (hopeless and cause.startswith("start")):
+            self._start(number)
 
     def _count(self, task: Task, outcome: Outcome) -> None:
         self.work_done += self.work[task.key]

@@ -56,6 +56,9 @@ class Worker:
         self._loaded = ""
         self._suite: Suite | None = None
 
+    def ping(self) -> None:
+        """Answers once the worker is there."""
+
     def unavailable(self) -> dict[str, str]:
         """Metrics that can't be had here, and what to do about it. Loads their models."""
         return self._metrics().unavailable
