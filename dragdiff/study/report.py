@@ -143,11 +143,9 @@ def portable(study: StudyConfig) -> StudyConfig:
 
 def _ways(plan: Plan, store: Store) -> dict[tuple[str, str, int], np.ndarray]:
     """Of each edit (variant, sample, seed) by a model, the way of its handles (K, N, 2), (x, y) px of the image."""
-    found: dict[str, np.ndarray | None] = {}
-    for key in sorted(set(plan.keys.values())):
-        way = (store.read_json(f"results/{key}/{RESULT}") or {}).get("trajectory")
-        found[key] = np.array(way, float) if way else None
-    return {place: way for place, key in plan.keys.items() if (way := found[key]) is not None}
+    facts = store.read_jsons([f"results/{key}/{RESULT}" for key in set(plan.keys.values())])
+    ways = {path.split("/")[1]: fact["trajectory"] for path, fact in facts.items() if fact.get("trajectory")}
+    return {place: np.array(ways[key], float) for place, key in plan.keys.items() if key in ways}
 
 
 def _unavailable(plan: Plan, store: Store) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ from dragdiff.errors import UserError
 from dragdiff.metrics.suite import COLUMNS, check_metrics
 from dragdiff.study.executors import Place, WorkerDied, open_places
 from dragdiff.study.plan import Plan, Task
-from dragdiff.study.store import Store
+from dragdiff.study.store import RESULT, SCORES, Store
 from dragdiff.study.table import ordered_path
 from dragdiff.study.worker import Outcome, missing_scores, record_failure
 
@@ -78,14 +78,15 @@ def run(plan: Plan, *, retry_failed: bool = False, report: Report = lambda *_: N
     check_metrics(plan.study.metrics)
     store = open_study(plan)
     summary = Summary(total=len(plan.tasks))
+    unscored = _unscored(store, plan.tasks, plan.study.metrics)
+    failures = {} if retry_failed else store.read_jsons([f"failures/{task.key}.json" for task in plan.tasks])
     jobs: list[list[Task]] = []
     for job in plan.jobs:
         left = []
         for task in job:
-            failure = None if retry_failed else store.read_json(f"failures/{task.key}.json")
-            if _is_done(store, task, plan.study.metrics):
+            if unscored.get(task.key) == []:
                 summary.found += 1
-            elif failure:
+            elif failure := failures.get(f"failures/{task.key}.json"):
                 summary.failed[task.key] = failure["reason"]
             else:
                 left.append(task)
@@ -96,8 +97,12 @@ def run(plan: Plan, *, retry_failed: bool = False, report: Report = lambda *_: N
     return summary
 
 
-def _is_done(store: Store, task: Task, metrics: MetricsConfig, unavailable: Collection[str] = ()) -> bool:
-    return store.has_result(task.key) and set(missing_scores(store, task, metrics)) <= set(unavailable)
+def _unscored(store: Store, tasks: Sequence[Task], metrics: MetricsConfig) -> dict[str, list[str]]:
+    """Of the tasks that have a result, by key, the metrics without scores."""
+    edits = store.read_jsons([f"results/{task.key}/{RESULT}" for task in tasks])
+    scores = store.read_jsons([path.replace(RESULT, SCORES) for path in edits])
+    keys = [task.key for task in tasks if f"results/{task.key}/{RESULT}" in edits]
+    return {key: missing_scores(scores.get(f"results/{key}/{SCORES}", {}), metrics) for key in keys}
 
 
 class _Run:
@@ -167,9 +172,13 @@ class _Run:
 
     def _leave_out_done(self) -> None:
         """Where only scores are missing that can't be had, there is nothing to do."""
-        for job in self.jobs if self.summary.unavailable else ():
+        if not self.summary.unavailable:
+            return
+        left = [task for job in self.jobs for task in job]
+        unscored = _unscored(self.store, left, self.plan.study.metrics)
+        for job in self.jobs:
             for task in list(job):
-                if _is_done(self.store, task, self.plan.study.metrics, self.summary.unavailable):
+                if task.key in unscored and set(unscored[task.key]) <= set(self.summary.unavailable):
                     self.store.remove(f"failures/{task.key}.json")
                     job.remove(task)
                     self.summary.found += 1

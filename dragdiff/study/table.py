@@ -63,25 +63,25 @@ def measured(plan: Plan, store: Store) -> Measured:
     """
     pd = pandas()
     wanted = [metric_key(name, plan.study.metrics) for name in plan.study.metrics.names]
-    seen: dict[str, dict[str, dict[str, list[float]]]] = {}
-    in_order: dict[str, dict[str, dict[str, list[float]]]] = {}
+    edits = store.read_jsons([f"results/{key}/{SCORES}" for key in set(plan.keys.values())])
+    reasons = store.read_jsons([f"failures/{key}.json" for key in set(plan.keys.values())])
     scores, failures = [], []
     for variant in plan.variants:
+        in_order = {
+            seed: (store.read_json(ordered_path(plan, variant.name, seed)) or {}).get("distances", {})
+            for seed in (plan.seeds(variant) if plan.study.metrics.ordered else ())
+        }
         for subject in plan.subjects:
             for seed in plan.seeds(variant):
                 key = plan.keys[variant.name, subject.name, seed]
                 place = {"variant": variant.name, "category": subject.category, "sample": subject.name, "seed": seed}
-                if key not in seen:
-                    seen[key] = store.read_json(f"results/{key}/{SCORES}") or {}
-                found = [seen[key][name] for name in wanted if name in seen[key]]
-                if plan.study.metrics.ordered:
-                    path = ordered_path(plan, variant.name, seed)
-                    if path not in in_order:
-                        in_order[path] = (store.read_json(path) or {}).get("distances", {})
-                    found += [in_order[path][subject.name]] if subject.name in in_order[path] else []
-                failure = (store.read_json(f"failures/{key}.json") or {}) if len(found) < len(wanted) else {}
-                if failure or not found:
-                    failures.append(place | {"reason": failure.get("reason", "")})
+                kept = edits.get(f"results/{key}/{SCORES}", {})
+                found = [kept[name] for name in wanted if name in kept]
+                if subject.name in in_order.get(seed, {}):
+                    found.append(in_order[seed][subject.name])
+                reason = reasons.get(f"failures/{key}.json", {}).get("reason", "") if len(found) < len(wanted) else ""
+                if reason or not found:
+                    failures.append(place | {"reason": reason})
                 values = {column: numbers for entry in found for column, numbers in entry.items()}
                 for column in COLUMNS:
                     scores += [
@@ -100,7 +100,8 @@ def measured(plan: Plan, store: Store) -> Measured:
 
 def ordered_path(plan: Plan, variant: str, seed: int) -> str:
     """Where the distances of a variant are that depend on the order of the samples."""
-    return f"{plan.study.name}/ordered/{digest(variant=variant, seed=seed, metrics=asdict(plan.study.metrics))}.json"
+    which = digest(variant=variant, seed=seed, metric=metric_key("distance", plan.study.metrics))
+    return f"{plan.study.name}/ordered/{which}.json"
 
 
 def summary(data: Measured, *, categories: Sequence[str] = (ALL,)) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import io
 import json
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,9 +86,10 @@ class Worker:
             StoreError: the results can't be read or written.
         """
         start = time.perf_counter()
-        missing = missing_scores(self.store, task, self.study.metrics)
+        scores = self.store.read_json(f"results/{task.key}/{SCORES}") or {}
+        missing = missing_scores(scores, self.study.metrics)
         if self.store.has_result(task.key) and not missing:
-            return Outcome(task.key, self.store.read_json(f"results/{task.key}/{SCORES}") or {})
+            return Outcome(task.key, scores)
         try:
             with _threads(self.study.threads):
                 picture = self._edit(task)
@@ -167,9 +168,8 @@ def pooled_metrics(settings: MetricsConfig) -> list[str]:
     return [name for name in settings.names if not (name == "distance" and settings.ordered)]
 
 
-def missing_scores(store: Store, task: Task, settings: MetricsConfig) -> list[str]:
+def missing_scores(scores: Mapping[str, Values], settings: MetricsConfig) -> list[str]:
     """The metrics for which a result has no scores yet."""
-    scores = store.read_json(f"results/{task.key}/{SCORES}") or {}
     return [name for name in pooled_metrics(settings) if metric_key(name, settings) not in scores]
 
 
