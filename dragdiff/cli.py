@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -141,7 +142,7 @@ def run(
     command: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> int:
     """Exit code of a command: 2 with one line for a user's mistake, 1 where the system failed, 130 after Ctrl-C."""
-    arguments, unknown = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)  # options may come before settings
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -245,9 +246,23 @@ def study(arguments: argparse.Namespace) -> int:
     print(runner.describe(plan))
     if arguments.plan:
         return 0
+    if settings.logger.kind != "none":
+        from dragdiff.study.tracking import check_tracking
+
+        check_tracking(settings)
     with closing(Bars("task")) as bars:
         summary = runner.run(plan, retry_failed=arguments.retry_failed, report=bars)
     print(runner.outcome(plan, summary))
+    if settings.logger.kind != "none":
+        from dragdiff.study.report import write_report
+        from dragdiff.study.store import Store
+        from dragdiff.study.tracking import track
+
+        store = Store(settings.results)
+        pictures = [path for path in write_report(plan, store, brief=True) if path.endswith(".png")]
+        track(plan, store, {Path(path).name: store.files.cat_file(path) for path in pictures})
+    else:
+        print(f"next: {shlex.join(['dragdiff', 'report', arguments.study, *arguments.settings])}")
     return 1 if summary.failed or plan.broken else 0
 
 

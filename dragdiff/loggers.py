@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ def check_login(settings: LoggerConfig) -> None:
         return
     import wandb
 
-    with _environment(WANDB_SILENT="true"), _starting():
+    with environment(WANDB_SILENT="true"), _starting():
         if not wandb.login(prompt=False):
             raise UserError(f"logger.kind is 'wandb', but nobody is logged in to W&B: {MENDING}")
 
@@ -63,24 +63,50 @@ def open_logger(config: Config, *, name: str, folder: Path) -> Iterator[Logger |
             yield _tolerant_logger(run)
 
 
+def _wandb_run(config: Config, name: str, folder: Path) -> AbstractContextManager[Any]:
+    tags = wandb_tags(config)
+    return wandb_run(
+        config.logger,
+        folder,
+        name=name,
+        group=config.logger.group or "-".join(tags),
+        tags=[*tags, *config.logger.tags],
+        config=dataclasses.asdict(config),
+    )
+
+
+def wandb_tags(config: Config) -> list[str]:
+    """Method and model."""
+    return [METHOD, Path(config.model.path).name[:WANDB_TAG]]
+
+
 @contextmanager
-def _wandb_run(config: Config, name: str, folder: Path) -> Iterator[Any]:
+def wandb_run(
+    settings: LoggerConfig, folder: Path, *, timeouts: Mapping[str, Any] | None = None, **arguments: Any
+) -> Iterator[Any]:
+    """A W&B run, finished on leaving.
+
+    Args:
+        folder: W&B's local files go to `wandb/` in it.
+        timeouts: W&B's `init_timeout` and `finish_timeout`, seconds, where they are not W&B's own.
+        arguments: as of `wandb.init`.
+
+    Raises:
+        UserError: W&B does not start.
+        TimeoutError: all is not sent within the `finish_timeout`.
+    """
     import wandb
 
-    model = Path(config.model.path).name[:WANDB_TAG]
-    with _environment():
+    with environment():
         with _starting():
             # not WandbLogger(offline=True), which would set WANDB_MODE for the whole process
             run = wandb.init(
-                project=config.logger.project,
-                name=name,
+                project=settings.project,
                 dir=folder,
-                group=config.logger.group or f"{METHOD}-{model}",
-                tags=[METHOD, model, *config.logger.tags],
-                config=dataclasses.asdict(config),
-                mode="offline" if config.logger.offline else None,
+                mode="offline" if settings.offline else None,
                 reinit="finish_previous",
-                settings=wandb.Settings(silent=True),
+                settings=wandb.Settings(silent=True, finish_timeout_raises=True, **(timeouts or {})),
+                **arguments,
             )
         try:
             yield run
@@ -91,7 +117,7 @@ def _wandb_run(config: Config, name: str, folder: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def environment(**variables: str) -> Iterator[None]:
     """Environment variables for a while, and afterwards all as before: W&B leaves some of its own."""
     before = dict(os.environ)
     os.environ.update(variables)

@@ -528,6 +528,16 @@ def test_identity_scores_the_drags_length(file):
         )
 
 
+def test_study_in_wandb(file, tmp_path, monkeypatch, capsys):
+    """A run for each variant and baseline and one for the whole; kept where W&B can't be had."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert cli.main(["study", str(file(grid={"drag.lr": [0.01, 0.02]})), "logger.kind=wandb"]) == 0
+    assert len(list((tmp_path / "results/study/wandb").glob("offline-run-*"))) == 2 + 2 + 1
+    assert (tmp_path / "results/study/report/report.md").is_file()
+    capsys.readouterr()
+    assert "logger.kind is 'csv'" in refused_late(capsys, file(logger={"kind": "csv"}))
+
+
 # ------------------------------------------------------------------------------------------- the store
 
 

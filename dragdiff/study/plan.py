@@ -120,14 +120,14 @@ def expand(study: StudyConfig) -> Plan:
     Raises:
         UserError: settings that are wrong, no variant, no sample.
     """
-    variants = [*_variants(study), *_baselines(study)]
+    variants = [*variants_of(study), *_baselines(study)]
     names = [variant.name for variant in variants]
     if study.reference not in ("", *names):
         raise UserError(f"reference is {study.reference!r}: there are the variants {'; '.join(names)}")
     if not study.seeds:
         raise UserError("seeds is empty: give at least one, e.g. seeds=[42]")
     configs = {
-        (variant.name, seed): _config(study, variant, seed)
+        (variant.name, seed): config_of(study, variant, seed)
         for variant in variants
         if not variant.baseline
         for seed in study.seeds
@@ -183,7 +183,12 @@ def determinants(config: Config) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- variants
 
 
-def _variants(study: StudyConfig) -> list[Variant]:
+def variants_of(study: StudyConfig) -> list[Variant]:
+    """The study's variants, baselines apart.
+
+    Raises:
+        UserError: none, or no way to make them.
+    """
     ways = {"grid": study.grid, "variants": study.variants, "random": study.random}
     given = [name for name, value in ways.items() if value]
     if len(given) > 1:
@@ -268,7 +273,12 @@ def baseline_picture(name: str, subject: Subject) -> np.ndarray:
     return BASELINES[name](subject.sample)
 
 
-def _config(study: StudyConfig, variant: Variant, seed: int) -> Config:
+def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
+    """A variant's settings with a seed.
+
+    Raises:
+        UserError: wrong ones, or those that are the study's to say.
+    """
     config = load_config([*study.base, study.settings, variant.settings])
     if config.sample or config.image:
         raise UserError(f"variant {variant.name!r} names a sample or an image: the study's data does that")
