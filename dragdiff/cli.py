@@ -247,9 +247,11 @@ def study(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return 0
     if settings.logger.kind != "none":
+        from dragdiff.study.report import check_packages
         from dragdiff.study.tracking import check_tracking
 
         check_tracking(settings)
+        check_packages()
     with closing(Bars("task")) as bars:
         summary = runner.run(plan, retry_failed=arguments.retry_failed, report=bars)
     print(runner.outcome(plan, summary))

@@ -379,8 +379,8 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     study = _load(StudyConfig, _study_overlays(Path(file)), overrides)
     study.name = study.name or Path(file).stem
     _check_values(study)
-    if Path(study.name).name != study.name:
-        raise UserError(f"name is {study.name!r}: it must be a plain name, it names a folder")
+    if Path(study.name).name != study.name or study.name in ("..", "results", "failures"):
+        raise UserError(f"name is {study.name!r}: it must be a plain name of its own, it names a folder in results")
     return study
 
 
@@ -516,6 +516,9 @@ def _merge(kind: type, config: DictConfig, overlay: dict[Any, Any], where: str, 
             raise UserError(f"{key} {where} is a section: set one of its keys, e.g. {example}")
         elif inside and isinstance(defaults[inside], dict):  # settings.drag.lr=0.02
             OmegaConf.select(config, inside)[key.removeprefix(f"{inside}.")] = value
+        elif key == "settings" and isinstance(value, dict):  # unlike a grid they add to those of a parent
+            for setting, given in flat(value):
+                config.settings[setting] = given
         elif key not in defaults:
             nearest = nearest_key(key, kind)
             raise UserError(f"unknown key {key!r} {where}: did you mean {nearest!r}? (--help lists all keys)")
@@ -525,6 +528,15 @@ def _merge(kind: type, config: DictConfig, overlay: dict[Any, Any], where: str, 
             except Exception as error:  # OmegaConf's own, and bare TypeError and ValueError
                 wanted = _KINDS[type(defaults[key])]
                 raise UserError(f"{key} is {value!r} {where}: it must be {wanted}") from error
+
+
+def flat(settings: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted keys, sections flattened."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def nearest_key(key: str, kind: type = Config) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,14 +99,9 @@ class Editor:
         Raises:
             UserError: bad settings, or no such model.
         """
-        check(config)
-        _strategy("drag.supervision", config.drag.supervision, motion.SUPERVISIONS)
-        _strategy("drag.tracker", config.drag.tracker, tracking.TRACKERS)
         self.config = config
+        check_settings(config, skeleton(config.model) if backbone is None else None)
         self._named_lora()
-        if backbone is None:
-            unet = skeleton(config.model)
-            _check_blocks(config, lambda name: feature_block(unet, name), self_attention_layers(unet))
         self.backbone = backbone or load_backbone(config.model)
         _check_blocks(config, self.backbone.feature_block, self.backbone.self_attention_layers)
         self.report = report or (lambda stage, done, total, note: None)
@@ -236,12 +231,14 @@ class Editor:
             return
 
         def keep(count: int, trained: lora.LoRA) -> None:
-            self._loras.put(missing[count], trained, save=lora.save)
+            if _is_finite(trained):
+                self._loras.put(missing[count], trained, save=lora.save)
 
         longest = dataclasses.replace(self.config.lora, steps=max(missing))
-        self.reconfigured(dataclasses.replace(self.config, lora=longest))._train_lora(
-            sample, None, None, snapshots=missing, keep=keep
-        )
+        with suppress(UserError):  # that it diverged; whose steps are too many will say so
+            self.reconfigured(dataclasses.replace(self.config, lora=longest))._train_lora(
+                sample, None, None, snapshots=missing, keep=keep
+            )
 
     def reconfigured(self, config: Config) -> Editor:
         """An editor with other settings, but the same model, `config.model` notwithstanding, and what it has in memory.
@@ -253,11 +250,15 @@ class Editor:
         other._references = self._references
         return other
 
-    def without_memory(self) -> Editor:
-        """The same, keeping nothing between edits in the device's memory."""
+    def forget(self) -> None:
+        """Give up what is kept in memory for the next edit of the same picture."""
         self._references.clear()
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def without_memory(self) -> Editor:
+        """The same, keeping nothing between edits in memory."""
+        self.forget()
         kept = dataclasses.replace(self.config.cache, reference_mb=0)
         return self.reconfigured(dataclasses.replace(self.config, cache=kept))
 
@@ -375,7 +376,7 @@ class Editor:
                     resume=resume,
                 )
                 trained = lora.extract(lora.parameters(backbone.network), scale=alpha / settings.rank)
-        if not all(torch.isfinite(up).all() for up in trained.up.values()):
+        if not _is_finite(trained):
             raise UserError(f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}")
         return trained
 
@@ -712,6 +713,26 @@ def peak_memory_mb(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _is_finite(trained: lora.LoRA) -> bool:
+    return all(bool(torch.isfinite(up).all()) for up in trained.up.values())
+
+
+def check_settings(config: Config, unet: Any = None) -> None:
+    """What can be known of the settings without weights.
+
+    Args:
+        unet: the model's, see `loading.skeleton`; None leaves out what depends on it.
+
+    Raises:
+        UserError: bad settings.
+    """
+    check(config)
+    _strategy("drag.supervision", config.drag.supervision, motion.SUPERVISIONS)
+    _strategy("drag.tracker", config.drag.tracker, tracking.TRACKERS)
+    if unet is not None:
+        _check_blocks(config, lambda name: feature_block(unet, name), self_attention_layers(unet))
 
 
 def _check_blocks(config: Config, find_block: Callable[[str], Any], layers: Sequence[str]) -> None:

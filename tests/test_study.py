@@ -108,7 +108,7 @@ def test_grid_is_every_combination(file):
 
 
 def test_list_of_variants(file):
-    plan = plan_of(file(variants=[{"name": "off", "control.enabled": False}, {"drag": {"lr": 0.1}, "seed": 3}, {}]))
+    plan = plan_of(file(variants=[{"name": "off", "control.enabled": False}, {"drag": {"lr": 0.1}}, {}]))
     assert names(plan)[0] == "off"
     assert [task.config.control.enabled for task in plan.jobs[0] if task.config].count(False) == 1
     assert sorted(task.config.drag.lr for task in plan.jobs[0] if task.config) == [0.01, 0.01, 0.1]
@@ -159,6 +159,15 @@ def test_study_extends_another(file, tmp_path):
     plan = plan_of(child)
     assert (plan.study.question, plan.study.name, len(plan.subjects)) == ("own", "child", 1)
     assert names(plan) == ["drag.lr=0.1", "drag.lr=0.2"]
+    own = {"ddim": {"steps": 6}}
+    write(tmp_path / "child.yaml", extends=parent.name, question="own", settings=own)
+    config = next(task.config for task in plan_of(child).tasks if task.config)
+    assert (config.ddim.steps, config.ddim.strength, config.drag.steps) == (6, 0.5, 2)  # the others are the parent's
+
+
+def test_random_draws_are_different_and_as_many_as_there_are(file):
+    plan = plan_of(file(random={"drag.steps": [10, 20, 40]}), "random_count=10")
+    assert sorted(names(plan)) == ["drag.steps=10", "drag.steps=20", "drag.steps=40"]
 
 
 def keys(path: Path, *overrides: str) -> set[str]:
@@ -264,13 +273,26 @@ def refused(capsys, *arguments: object) -> str:
         ({"grid": {"drag.lr": [0.1, -1]}}, "drag.lr is -1.0: it must be > 0"),
         ({"grid": {"drag.lr": [0.1, 0.1]}}, "two variants are called 'drag.lr=0.1'"),
         ({"grid": {"drag.lr": [0.1]}, "variants": [{"drag.lr": 0.2}]}, "grid and variants are given"),
-        ({"grid": {"sample": ["x"]}}, "names a sample or an image"),
+        ({"grid": {"sample": ["x"]}}, "sets sample: data of the study does that"),
+        ({"grid": {"prompt": ["a", "b"]}}, "sets prompt: data of the study does that"),
+        ({"grid": {"seed": [1, 2]}}, "sets seed: seeds of the study does that"),
+        ({"settings": {"points": []}}, "sets points: data of the study does that"),
+        ({"grid": {"output.frames_every": [1, 2]}}, "sets output.frames_every, which changes no picture"),
+        ({"grid": {"drag.features": [["up_blocks.9"]]}}, "up_blocks.9"),
+        ({"grid": {"control.start_layer": ["up_blocks.77"]}}, "control.start_layer is 'up_blocks.77'"),
+        ({"grid": {"drag.tracker": ["nearest", "foo"]}}, "drag.tracker is 'foo'"),
+        ({"seeds": [42, -1]}, "seed is -1"),
+        ({"seeds": [42, 42]}, r"seeds is \[42, 42\]: give at least one, each once"),
+        ({"random": {"drag.lr": {"low": -1e308, "high": 1e308}}}, "low < high"),
+        ({"variants": [{"name": [1], "drag.lr": 0.2}]}, r"the name of variant 1 is \[1\]"),
+        ({"name": ".."}, "name is '..': it must be a plain name"),
+        ({"name": "results"}, "name is 'results': it must be a plain name"),
         ({"variants": [{"name": "identity", "drag.lr": 0.2}]}, "that is a baseline's name"),
         ({"variants": ["drag.lr=0.2"]}, "variant 1 is 'drag.lr=0.2': it must hold key: value"),
         ({"random": {"drag.lr": {"low": 1, "high": 0}}}, "low < high"),
         ({"random": {"drag.lr": {"low": 0, "high": 1, "log": True}}}, "low < high"),
         ({"random": {"drag.lr": 3}}, "random.drag.lr is 3: give a list"),
-        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": []}, "seeds is .*: give at least one"),
         ({"seeds": ["a"]}, "seeds is .*it must be a list"),
         ({"workers": -1}, "workers is -1: it must be >= 0"),
         ({"executor": "slurm"}, "executor is 'slurm': it must be local | ray"),
@@ -395,6 +417,57 @@ def test_too_little_memory_for_what_is_shared_is_no_failure(times, file, monkeyp
     assert ("out of memory" in capsys.readouterr().out) == (times == 2)
 
 
+def test_lora_that_diverges_late_takes_no_other_with_it(file, tmp_path, monkeypatch, capsys):
+    """What is not finite never gets into the cache; the edits with fewer steps are done."""
+    from dragdiff import editor as module
+
+    def finite(trained):
+        finite.seen += 1
+        return finite.seen == 1  # the first snapshot, and nothing after it
+
+    finite.seen = 0
+    monkeypatch.setattr(module, "_is_finite", finite)
+    assert cli.main(["study", str(file(grid={"lora.steps": [1, 2]})), "data.limit=1"]) == 1
+    said = capsys.readouterr().out
+    assert "3 done now, 0 found done, 1 failed of 4" in said and "the LoRA's training diverged" in said
+    assert len(list((tmp_path / "stages" / "lora").iterdir())) == 1
+
+
+def test_sample_that_cannot_be_timed_stops_nobody(file, tmp_path, capsys):
+    small = np.zeros((16, 60, 3), np.uint8)
+    write_folder(EditSample(small, "", [[[2, 2], [9, 9]]]), tmp_path / "data" / "a_first" / "thin")
+    assert cli.main(["study", str(file()), "settings.data.max_size=30"]) == 1
+    said = capsys.readouterr()
+    assert "11 done now, 0 found done, 1 failed of 12" in said.out
+    assert "failed: a_first-thin: resized from 60x16" in said.out
+    assert "4 edits to do" in said.err and "at most" not in said.err
+
+
+def test_scenes_do_not_share_scores_with_folders_that_look_the_same(file, tmp_path):
+    """A folder's sample has no truth to be measured against."""
+    write_folder(make_scene("sun", 0).sample, tmp_path / "scenes" / "sun" / "0")
+    metrics = {"names": ["scene", "accuracy"]}
+    assert cli.main(["study", str(file("folder", data={"path": str(tmp_path / "scenes")}, metrics=metrics))]) == 0
+    scenes = file("scenes", data={"path": "scenes", "scenes": 1, "categories": ["sun"]}, metrics=metrics)
+    assert cli.main(["study", str(scenes)]) == 0
+    assert "true_distance" in scores_of(scenes)
+
+
+def test_metric_that_fails_takes_nothing_from_the_others(file, tmp_path, monkeypatch):
+    from dragdiff.metrics import suite
+
+    def broken(settings):
+        def measure(subject, edited):
+            raise RuntimeError("no luck")
+
+        return measure
+
+    monkeypatch.setitem(suite.FACTORIES, "clip", broken)
+    path = file(metrics={"names": ["accuracy", "clip", "outside"]})
+    assert cli.main(["study", str(path), "data.limit=1"]) == 1
+    assert "dai_10" in scores_of(path, "data.limit=1")
+
+
 def test_new_metric_needs_no_new_edit(file, stages, capsys):
     path = file()
     cli.main(["study", str(path), "metrics.names=[outside]"])
@@ -480,7 +553,7 @@ def test_mean_distance_in_the_files_order_as_the_published_script(file, tmp_path
     from dragdiff.metrics.correspondence import MeanDistance
     from dragdiff.modules.loading import load_backbone
 
-    settings = load_study(file()).settings["model"]
+    settings = {"path": load_study(file()).settings["model.path"], "device": "cpu"}
     metrics = {"names": ["distance"], "distance": settings | {"revision": ""}, "block": "up_blocks.1", "ensemble": 2}
     path = file(metrics=metrics | {"ordered": True})
     assert cli.main(["study", str(path)]) == 0
@@ -498,6 +571,10 @@ def test_mean_distance_in_the_files_order_as_the_published_script(file, tmp_path
             expected = metric.distances(subject.sample, worker._edit(task))
             np.testing.assert_allclose(data.values(variant, "distance")[subject.name], expected)
     assert store.files.exists(store.path("study", "ordered"))
+    nowhere = f"metrics.distance.path={tmp_path / 'nowhere'}"
+    assert cli.main(["study", str(path), nowhere]) == 0
+    assert "distance" in json.loads((tmp_path / "results/study/unavailable.json").read_text())
+    assert len(list((tmp_path / "results/study/ordered").iterdir())) == len(plan.variants)
     together, alone = file(metrics=metrics), f"results={tmp_path / 'alone'}"
     assert (
         cli.main(["study", str(together)]) == cli.main(["study", str(together), "data.categories=[dogs]", alone]) == 0
@@ -512,10 +589,10 @@ def test_mean_distance_in_the_files_order_as_the_published_script(file, tmp_path
 
 def test_identity_scores_the_drags_length(file):
     """On samples of DragBench and Drag100: with the same noise for both pictures a handle is found where it was."""
-    settings = load_study(file()).settings["model"]
+    settings = {"path": load_study(file()).settings["model.path"], "device": "cpu"}
     metrics = {"names": ["distance"], "distance": settings | {"revision": ""}, "block": "up_blocks.1", "ensemble": 1}
     path = file(
-        metrics=metrics, data={"path": str(SAMPLES)}, settings=load_study(file()).settings | {"data": {"max_size": 64}}
+        metrics=metrics, data={"path": str(SAMPLES)}, settings=load_study(file()).settings | {"data.max_size": 64}
     )
     assert cli.main(["study", str(path)]) == 0
     plan = plan_of(path)
@@ -578,6 +655,38 @@ def test_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="in the results"):
         Store(str(tmp_path / "file")).write_json("a/b.json", 1)
+
+
+def test_object_stores_are_not_given_what_only_folders_take(monkeypatch):
+    import fsspec
+
+    asked = []
+    original = fsspec.core.url_to_fs
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **more: asked.append(more) or original(url, **more))
+    Store("memory://x")
+    assert asked == [{}]
+
+
+def test_damaged_result_is_made_again(file, tmp_path, capsys):
+    path = file()
+    assert cli.main(["study", str(path)]) == 0
+    before = scores_of(path)
+    first, second = (task.key for task in plan_of(path).tasks if task.config and task.subject.category == "cats")
+    place = tmp_path / "results" / "results"
+    (place / first / "edit.json").unlink()
+    (place / second / "edited.png").write_bytes(b"no picture")
+    (place / second / "scores.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["study", str(path)]) == 0
+    assert "2 done now, 7 found done, 0 failed" in capsys.readouterr().out
+    assert scores_of(path) == before
+    assert (place / first / "edit.json").is_file() and (place / second / "edited.png").stat().st_size > 99
+
+
+def test_results_with_odd_names(file, tmp_path):
+    odd = tmp_path / "out[1]*"
+    assert cli.main(["study", str(file(results=str(odd))), "data.limit=1"]) == 0
+    assert "dai_10" in scores_of(file(results=str(odd)), "data.limit=1")
 
 
 def test_study_in_another_file_system(file, capsys):
@@ -675,6 +784,34 @@ def test_edit_of_a_dead_worker_is_done_by_another(deaths, failed, file, monkeypa
     assert ("3 workers died over it" in said) == bool(failed)
 
 
+def alive(pid: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_workers_end_with_a_killed_parent(file, tmp_path):
+    import psutil
+
+    path = file(grid={"drag.lr": [0.01, 0.05]}, settings=load_study(file()).settings | {"drag.steps": 200})
+    command = [sys.executable, "-m", "dragdiff", "study", str(path), "workers=2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline, workers = time.monotonic() + 60, []
+        while len(workers) < 2 and time.monotonic() < deadline:
+            children = psutil.Process(process.pid).children()
+            workers = [child.pid for child in children if any("spawn_main" in word for word in child.cmdline())]
+            time.sleep(0.1)
+        assert len(workers) == 2
+        time.sleep(3)  # they are importing, loading or at work
+    finally:
+        process.kill()
+        process.wait()
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
 def test_killed_process_is_replaced(file, tmp_path):
     """One of two worker processes is killed under way; what it did is done again, and all is as without the kill."""
     path = file(grid={"drag.lr": [0.01, 0.05]})
@@ -697,7 +834,7 @@ def test_killed_process_is_replaced(file, tmp_path):
 def test_kill_at_any_moment_loses_at_most_the_edit_in_hand(file, tmp_path):
     path = file(
         grid={"drag.lr": [0.01, 0.02, 0.05], "lora.steps": [0, 2]},
-        settings=load_study(file()).settings | {"drag": {"steps": 6}},
+        settings=load_study(file()).settings | {"drag.steps": 6},
     )
     command = [sys.executable, "-m", "dragdiff", "study", str(path)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -736,7 +873,7 @@ def test_ray_gives_what_this_machine_gives_and_outlives_a_killed_actor(file, tmp
     import psutil
     import ray
 
-    slow = load_study(file()).settings | {"drag": {"steps": 60}}  # so that both are still at work
+    slow = load_study(file()).settings | {"drag.steps": 60}  # so that both are still at work
     path = file(grid={"drag.lr": [0.01, 0.02, 0.05]}, settings=slow)
     plan = plan_of(path, "executor=ray", "workers=2")
     killed = []

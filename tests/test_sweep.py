@@ -85,7 +85,10 @@ def combinations(definition):
 GRIDS = {
     "numbers": {"ddim.strength": [0.2, 1.0], "drag.lr": [0.00001, 0.05], "drag.steps": [10, 160]},
     "lists": {"drag.features": [["up_blocks.2"], ["mid_block", "up_blocks.1"]]},
-    "texts": {"prompt": ["a cat, on a mat", "[x] it's: #1 = {so}", ""], "control.start_layer": ["up_blocks.1", 3]},
+    "texts": {
+        "generate.negative_prompt": ["a cat, on a mat", "[x] it's: #1 = {so}", ""],
+        "control.start_layer": ["up_blocks.1", 3],
+    },
     "bools": {"control.enabled": [True, False]},
     "sections": {"drag": [{"lr": 0.1, "steps": 2}, {"lr": 0.2, "steps": 2}]},
 }
@@ -202,11 +205,14 @@ def test_random(file, rendered):
     ("content", "reason"),
     [
         ({"data": {"scenes": 1, "size": 128}}, "data.size is 128: .* 64 px .* set data.size=64"),
-        ({"grid": {"prompt": ['"a cat"', "b"]}}, r"prompt='\"a cat\"' would arrive in edit.py as 'a cat'"),
-        ({"grid": {"points": [[[["1,2", 3], [4, 5]]]]}}, "points=.* would arrive in edit.py as"),
+        (
+            {"grid": {"generate.negative_prompt": ['"a cat"', "b"]}},
+            r"negative_prompt='\"a cat\"' would arrive in edit.py as 'a cat'",
+        ),
+        ({"grid": {"drag.features": [["a,b"], ["c"]]}}, r"drag.features=.* would arrive in edit.py as"),
         ({"grid": {"drag.lr": 0.1}}, "give a list of at least one value"),
         ({"grid": {"drag.lrr": [0.1]}}, "unknown key 'drag.lrr'"),
-        ({"grid": {"drag.lr": [0.1]}, "settings": {"image": "cat.png"}}, "names a sample or an image"),
+        ({"grid": {"drag.lr": [0.1]}, "settings": {"image": "cat.png"}}, "sets image: data of the study does that"),
         ({"data": {"path": "nowhere"}}, "nowhere is not a folder"),
     ],
 )

@@ -79,10 +79,12 @@ class Suite:
     """Metrics, with their models loaded.
 
     Attributes:
+        settings: as given.
         unavailable: of metrics that can't be had, the name and what to do about it.
     """
 
     def __init__(self, settings: MetricsConfig, names: Sequence[str]) -> None:
+        self.settings = settings
         self.unavailable: dict[str, str] = {}
         self._measures: dict[str, Measure] = {}
         for name in names:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -103,7 +104,16 @@ def _start(study: StudyConfig, device: str) -> None:
     global _worker
     from dragdiff.study.worker import Worker
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Worker(study, device)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed can't end its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(method: str, *arguments: Any) -> Any:
@@ -145,7 +155,7 @@ def _cluster(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], Place]]]
     try:
         room = ray.cluster_resources()
         gpus = int(room.get("GPU", 0))
-        slots = gpus or int(room.get("CPU", 1))
+        slots = max(1, gpus or int(room.get("CPU", 1)))
         yield min(study.workers or max(1, gpus), slots), lambda number: RayActor(study, gpus > 0)
     finally:
         if started:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dragdiff import cache
-from dragdiff.config import Config, StudyConfig, StudyDataConfig, load_config, walk
+from dragdiff.config import Config, StudyConfig, StudyDataConfig, flat, load_config, walk
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import KINDS, UNIT, Scene, make_scene
+from dragdiff.editor import check_settings
 from dragdiff.errors import UserError
 from dragdiff.metrics import baselines
-from dragdiff.modules.loading import check_model, identity
+from dragdiff.metrics.suite import check_metrics
+from dragdiff.modules.loading import check_model, identity, skeleton
 from dragdiff.modules.lora import load as load_lora
 
 SCENES = "scenes"  # in place of a folder of samples
+TRIES = 100  # draws for each that is wanted, where most were drawn before
+LARGE = 1e300  # beyond it a difference overflows
+_STUDYS = dict.fromkeys(("sample", "image", "prompt", "points", "mask"), "data") | {"seed": "seeds"}
 _WITHOUT_EFFECT = ("sample", "image", "prompt", "points", "mask", "model.", "output.", "logger.", "cache.")
 
 
@@ -45,15 +50,16 @@ class Subject:
     def name(self) -> str:
         return self.sample.name
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """A hash of what the sample is."""
+        """A hash of what the sample is, and what it is measured against."""
         mask = self.sample.mask
         return cache.digest(
             image=self.sample.image,
             prompt=self.sample.prompt,
             points=self.sample.points,
             mask=None if mask is None else np.asarray(mask),
+            truth=None if self.scene is None else self.scene.truth,
         )
 
 
@@ -124,20 +130,23 @@ def expand(study: StudyConfig) -> Plan:
     names = [variant.name for variant in variants]
     if study.reference not in ("", *names):
         raise UserError(f"reference is {study.reference!r}: there are the variants {'; '.join(names)}")
-    if not study.seeds:
-        raise UserError("seeds is empty: give at least one, e.g. seeds=[42]")
+    check_metrics(study.metrics)
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"seeds is {list(study.seeds)}: give at least one, each once, e.g. seeds=[42]")
     configs = {
         (variant.name, seed): config_of(study, variant, seed)
         for variant in variants
         if not variant.baseline
         for seed in study.seeds
     }
-    models = {}
-    for config in configs.values():
+    models, skeletons, inputs = {}, {}, {}
+    for place, config in configs.items():
         name = repr(config.model)
         if name not in models:
             check_model(config.model)
-            models[name] = identity(config.model)
+            models[name], skeletons[name] = identity(config.model), skeleton(config.model)
+        check_settings(config, skeletons[name])
+        inputs[place] = {"model": models[name], "settings": determinants(config)}
     subjects, broken = read_subjects(study.data)
     keys: dict[tuple[str, str, int], str] = {}
     jobs = []
@@ -145,10 +154,9 @@ def expand(study: StudyConfig) -> Plan:
         tasks: dict[str, Task] = {}
         for variant, seed in itertools.product(variants, study.seeds):
             edit = configs.get((variant.name, seed))
-            inputs: dict[str, Any] = {"subject": subject.key, "baseline": variant.baseline}
-            if edit is not None:
-                inputs |= {"model": models[repr(edit.model)], "settings": determinants(edit)}
-            keys[variant.name, subject.name, seed] = key = cache.digest(**inputs)
+            ours = inputs.get((variant.name, seed), {})
+            key = cache.digest(subject=subject.key, baseline=variant.baseline, **ours)
+            keys[variant.name, subject.name, seed] = key
             tasks.setdefault(key, Task(key, subject, edit, variant.baseline))
         jobs.append(_in_order(list(tasks.values())))
     return Plan(study, variants, subjects, broken, keys, jobs)
@@ -212,13 +220,22 @@ def _listed(number: int, entry: Any) -> Variant:
     if not isinstance(entry, dict):
         raise UserError(f"variant {number} is {entry!r}: it must hold key: value lines")
     settings = {key: value for key, value in entry.items() if key != "name"}
-    return Variant(str(entry.get("name", _label(settings))), settings)
+    name = entry.get("name", _label(settings))
+    if not isinstance(name, str | int | float):
+        raise UserError(f"the name of variant {number} is {name!r}: it must be text")
+    return Variant(str(name), settings)
 
 
-def _drawn(study: StudyConfig) -> Iterator[dict[str, Any]]:
+def _drawn(study: StudyConfig) -> list[dict[str, Any]]:
+    """Different draws: as many as wanted, or as there are."""
     rng = np.random.default_rng(study.random_seed)
-    for _ in range(study.random_count):
-        yield {key: _draw(key, space, rng) for key, space in study.random.items()}
+    drawn: dict[str, dict[str, Any]] = {}
+    for _ in range(TRIES * study.random_count):
+        settings = {key: _draw(key, space, rng) for key, space in study.random.items()}
+        drawn.setdefault(repr(settings), settings)
+        if len(drawn) == study.random_count:
+            break
+    return list(drawn.values())
 
 
 def _draw(key: str, space: Any, rng: np.random.Generator) -> Any:
@@ -227,11 +244,17 @@ def _draw(key: str, space: Any, rng: np.random.Generator) -> Any:
     if not isinstance(space, dict) or not {"low", "high"} <= space.keys() <= {"low", "high", "log"}:
         raise UserError(f"random.{key} is {space!r}: give a list of values, or {{low: 0.01, high: 0.1, log: true}}")
     low, high, log = space["low"], space["high"], space.get("log", False)
-    numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in (low, high))
+    numbers = all(isinstance(end, int | float) and abs(end) < LARGE for end in (low, high))
     if not numbers or low >= high or (log and low <= 0):
         raise UserError(f"random.{key} is {space!r}: it must be low < high, with log: true also 0 < low")
-    value = float(np.exp(rng.uniform(np.log(low), np.log(high))) if log else rng.uniform(low, high))
-    return round(value) if isinstance(low, int) and isinstance(high, int) else float(f"{value:.3g}")
+    whole = isinstance(low, int) and isinstance(high, int)
+    try:
+        if whole and not log:
+            return int(rng.integers(low, high, endpoint=True))
+        value = float(np.exp(rng.uniform(np.log(low), np.log(high))) if log else rng.uniform(low, high))
+    except (OverflowError, ValueError) as error:
+        raise UserError(f"random.{key} is {space!r}: these numbers are too large") from error
+    return round(value) if whole else float(f"{value:.3g}")
 
 
 def _label(settings: dict[str, Any]) -> str:
@@ -279,17 +302,30 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
     Raises:
         UserError: wrong ones, or those that are the study's to say.
     """
+    for key, _ in flat(study.settings | variant.settings):
+        if key in _STUDYS:
+            raise UserError(f"variant {variant.name!r} sets {key}: {_STUDYS[key]} of the study does that")
+    for key, _ in flat(variant.settings):
+        if key.startswith(_WITHOUT_EFFECT) and not key.startswith("model."):
+            raise UserError(f"variant {variant.name!r} sets {key}, which changes no picture: put it under settings")
     config = load_config([*study.base, study.settings, variant.settings])
-    if config.sample or config.image:
-        raise UserError(f"variant {variant.name!r} names a sample or an image: the study's data does that")
     if config.generate.enabled:
         raise UserError(f"variant {variant.name!r} sets generate.enabled: a study edits the pictures of its data")
+    here = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae")}
     return dataclasses.replace(
         config,
         seed=seed,
+        model=dataclasses.replace(config.model, **here),
+        lora=dataclasses.replace(config.lora, path=_absolute(config.lora.path)),
         output=dataclasses.replace(config.output, frames_every=0),
         cache=dataclasses.replace(config.cache, reference_mb=study.reference_mb),
     )
+
+
+def _absolute(path: str) -> str:
+    """A local path that a worker in another folder finds, too; anything else as it is."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if path and path != "embedded" and local.exists() else path
 
 
 def _in_order(tasks: list[Task]) -> list[Task]:
@@ -297,7 +333,7 @@ def _in_order(tasks: list[Task]) -> list[Task]:
 
     def lora_inputs(task: Task) -> str:
         assert task.config is not None
-        return repr((task.config.seed, dataclasses.replace(task.config.lora, steps=0), task.config.model))
+        return repr((task.config.model, task.config.seed, dataclasses.replace(task.config.lora, steps=0)))
 
     def shared(task: Task) -> tuple[Any, ...]:
         config = task.config
@@ -325,44 +361,53 @@ def read_subjects(data: StudyDataConfig) -> tuple[list[Subject], list[tuple[str,
     Raises:
         UserError: no such folder or category, or no sample at all.
     """
-    subjects, broken = _scenes(data) if data.path == SCENES else _folder(data)
-    names = sorted([subject.name for subject in subjects] + [name for name, _ in broken])
+    readable = _scenes(data) if data.path == SCENES else _folder(data)
+    names = sorted(readable)
     if data.subset:
         if data.subset > len(names):
             raise UserError(f"data.subset is {data.subset}: there are only {len(names)} samples")
         names = sorted(np.random.default_rng(data.subset_seed).choice(names, data.subset, replace=False).tolist())
-    wanted = set(names[: data.limit] if data.limit else names)
-    broken = [(name, reason) for name, reason in broken if name in wanted]
-    subjects = sorted((s for s in subjects if s.name in wanted), key=lambda subject: subject.name)
+    subjects, broken = [], []
+    for name in names[: data.limit] if data.limit else names:
+        try:
+            subjects.append(readable[name]())
+        except UserError as error:
+            broken.append((name, str(error)))
     if not subjects:
         reason = f", e.g. {broken[0][1]}" if broken else ""
         raise UserError(f"none of the {len(broken)} samples in {data.path} can be used{reason}")
     return subjects, broken
 
 
-def _scenes(data: StudyDataConfig) -> tuple[list[Subject], list[tuple[str, str]]]:
+def _scenes(data: StudyDataConfig) -> dict[str, Callable[[], Subject]]:
+    """What makes each scene, by its name."""
     _check_categories(data.categories, set(KINDS))
+
+    def make(kind: str, seed: int) -> Subject:
+        scene = make_scene(kind, seed, data.size)
+        return Subject(scene.sample, kind, f"scene:{scene.sample.name}" if data.size == UNIT else "", scene)
+
     seeds = range(data.first_seed, data.first_seed + data.scenes)
-    scenes = [make_scene(kind, seed, data.size) for kind in data.categories or KINDS for seed in seeds]
-    named = data.size == UNIT
-    return [Subject(s.sample, s.kind, f"scene:{s.sample.name}" if named else "", s) for s in scenes], []
+    places = itertools.product(data.categories or KINDS, seeds)
+    return {f"{kind}-{seed}": partial(make, kind, seed) for kind, seed in places}
 
 
-def _folder(data: StudyDataConfig) -> tuple[list[Subject], list[tuple[str, str]]]:
+def _folder(data: StudyDataConfig) -> dict[str, Callable[[], Subject]]:
+    """What reads each sample, by its name."""
     root = Path(data.path).expanduser()
     folders = readers.find_samples(root)
-    names = readers.sample_names(folders, root)
     categories = [folder.relative_to(root).parent.name or root.absolute().name for folder in folders]
     _check_categories(data.categories, set(categories))
-    subjects, broken = [], []
-    for folder, name, category in zip(folders, names, categories, strict=True):
-        if data.categories and category not in data.categories:
-            continue
-        try:
-            subjects.append(Subject(readers.read_sample(folder, name), category, str(folder.absolute())))
-        except UserError as error:
-            broken.append((name, str(error)))
-    return subjects, broken
+
+    def read(folder: Path, name: str, category: str) -> Subject:
+        return Subject(readers.read_sample(folder, name), category, str(folder.absolute()))
+
+    samples = zip(folders, readers.sample_names(folders, root), categories, strict=True)
+    return {
+        name: partial(read, folder, name, category)
+        for folder, name, category in samples
+        if not data.categories or category in data.categories
+    }
 
 
 def _check_categories(wanted: list[str], known: set[str]) -> None:

@@ -55,7 +55,7 @@ def find_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
     """
     if Path(study).suffix in (".yaml", ".yml") or Path(study).is_file():
         return load_study(study, overrides)
-    results, _, name = (study if "://" in study else str(Path(study).expanduser().absolute())).rpartition("/")
+    results, _, name = (study if "://" in study else Path(study).expanduser().absolute().as_posix()).rpartition("/")
     if not name:
         return find_study(results, overrides)
     facts = Store(results).read_json(f"{name}/study.json")
@@ -97,7 +97,7 @@ def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Pro
         UserError: nothing is measured yet, or a package is missing.
         StoreError: the results can't be read or written.
     """
-    _check_packages()
+    check_packages()
     data = measured(plan, store)
     if data.scores.empty:
         failed = [reason for reason in data.failures["reason"] if reason]
@@ -124,7 +124,12 @@ def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Pro
     return [store.path(plan.study.name, "report", path) for path in files]
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Whether a report can be written here.
+
+    Raises:
+        UserError: a package is missing.
+    """
     for package in ("matplotlib", "pandas", "pyarrow"):
         try:
             importlib.import_module(package)

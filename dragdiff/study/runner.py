@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from dragdiff.config import MetricsConfig
-from dragdiff.errors import UserError
-from dragdiff.metrics.suite import COLUMNS, check_metrics
+from dragdiff.errors import UserError, one_line
+from dragdiff.metrics.suite import COLUMNS, metric_key
 from dragdiff.study.executors import Place, WorkerDied, open_places
 from dragdiff.study.plan import Plan, Task
 from dragdiff.study.store import RESULT, SCORES, Store
@@ -75,7 +75,6 @@ def run(plan: Plan, *, retry_failed: bool = False, report: Report = lambda *_: N
         UserError: settings, a model or a place for workers that can't be had.
         StoreError: the results can't be written; what is there stays.
     """
-    check_metrics(plan.study.metrics)
     store = open_study(plan)
     summary = Summary(total=len(plan.tasks))
     unscored = _unscored(store, plan.tasks, plan.study.metrics)
@@ -116,7 +115,8 @@ class _Run:
         self.deaths: Counter[str] = Counter()
 
     def loop(self) -> None:
-        with open_places(self.plan.study) as (count, self.open):
+        study = replace(self.plan.study, results=self.store.url)  # workers may be in another folder
+        with open_places(study) as (count, self.open):
             try:
                 self.places[0] = self.open(0)
                 self._prepare(count)
@@ -136,6 +136,7 @@ class _Run:
     def _prepare(self, count: int) -> None:
         """Load the first worker's models: which metrics can't be had, and how long it will take."""
         self.report("models", 0, 1, "")
+        self._wait_for_room()
         self.summary.unavailable = self._ask("unavailable")
         self.store.write_json(f"{self.plan.study.name}/unavailable.json", self.summary.unavailable)
         self._leave_out_done()
@@ -143,8 +144,10 @@ class _Run:
         self.work = amortised(left)
         note = "nothing to edit"
         if edits := [task for task in left if task.config and not self.store.has_result(task.key)]:
-            seconds = self._ask("pace", edits[0]) * sum(amortised(edits).values()) / min(count, len(self.jobs))
-            note = f"{len(edits)} edits to do, {duration(seconds)} at most if all drags take all their steps"
+            pace = self._ask("pace", edits[0])
+            seconds = (pace or 0) * sum(amortised(edits).values()) / min(count, len(self.jobs))
+            how_long = f", {duration(seconds)} at most if all drags take all their steps" if pace else ""
+            note = f"{len(edits)} edits to do{how_long}"
         self.report("models", 1, 1, note)
         self.began, self.work_done = time.monotonic(), 0.0
         self._say()
@@ -152,7 +155,8 @@ class _Run:
     def _score_in_order(self) -> None:
         """Scores that depend on the order of the samples: those of a variant at once, in the order of their names."""
         plan = self.plan
-        if not ("distance" in plan.study.metrics.names and plan.study.metrics.ordered):
+        metrics = plan.study.metrics
+        if not ("distance" in metrics.names and metrics.ordered) or "distance" in self.summary.unavailable:
             return
         runs = [(variant.name, seed) for variant in plan.variants for seed in plan.seeds(variant)]
         for number, (name, seed) in enumerate(runs):
@@ -164,11 +168,22 @@ class _Run:
                 self.store.write_json(path, {"inputs": inputs, "distances": found})
         self.report("distance", len(runs), len(runs), "")
 
+    def _wait_for_room(self) -> None:
+        """A cluster may have no room for the first worker yet."""
+        ping = self.places[0].submit("ping")
+        while not wait([ping], timeout=10).done:
+            self.report("models", 0, 1, "waiting for room for a worker")
+
     def _ask(self, method: str, *arguments: Any) -> Any:
+        waiting = {number for number, _ in self.busy.values()}
+        number = next((number for number in self.places if number not in waiting), None)
+        if number is None:
+            number = max(self.places, default=0) + 1
+            self.places[number] = self.open(number)
         try:
-            return next(iter(self.places.values())).submit(method, *arguments).result()
+            return self.places[number].submit(method, *arguments).result()
         except WorkerDied as error:
-            raise UserError("a worker died while it loaded its models: is there enough memory?") from error
+            raise UserError(f"a worker died as it started ({one_line(error)}): is there enough memory?") from error
 
     def _leave_out_done(self) -> None:
         """Where only scores are missing that can't be had, there is nothing to do."""
@@ -229,8 +244,9 @@ class _Run:
             self.summary.failed[task.key] = outcome.failure
         else:
             self.summary.done += 1
-        for values in outcome.scores.values() if task.config else ():
-            for column, numbers in values.items():
+        wanted = {metric_key(name, self.plan.study.metrics) for name in self.plan.study.metrics.names}
+        for metric in sorted(wanted & outcome.scores.keys()) if task.config else ():
+            for column, numbers in outcome.scores[metric].items():
                 self.summary.values.setdefault(column, []).append(float(np.mean(numbers)))
         self._say()
 
@@ -241,7 +257,7 @@ class _Run:
         if self.work_done:
             left = sum(self.work.values()) - self.work_done
             notes.append(f"about {duration((time.monotonic() - self.began) / self.work_done * left)}")
-        for column, values in list(summary.values.items())[:2]:
+        for column, values in [(name, summary.values[name]) for name in COLUMNS if name in summary.values][:2]:
             notes.append(f"{COLUMNS[column].label} {np.mean(values):.2f}")
         self.report("edits", settled, summary.total, ", ".join(notes))
 

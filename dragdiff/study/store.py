@@ -43,11 +43,13 @@ class Store:
             StoreError: no such file system, or a package for it is missing.
         """
         try:
-            self.files, self.root = fsspec.core.url_to_fs(url, auto_mkdir=True)
+            self.files, self.root = fsspec.core.url_to_fs(url)
         except Exception as error:  # whatever a file system's package raises
             raise StoreError(f"results is {url!r}: {one_line(error)}") from error
         self.url = self.files.unstrip_protocol(self.root)
         self._local = isinstance(self.files, LocalFileSystem)
+        if self._local:
+            self.files.auto_mkdir = True
 
     def path(self, *parts: str) -> str:
         return "/".join([self.root.rstrip("/"), *parts])
@@ -66,7 +68,7 @@ class Store:
                 Path(partial).unlink(missing_ok=True)
 
     def write_result(self, key: str, files: dict[str, bytes]) -> None:
-        """The files of a result; one that is there already stays."""
+        """The files of a result; one that is there already stays, unless it is damaged."""
         if not self._local:  # what is not marked by RESULT, which comes last, does not count
             for name in sorted(files, key=lambda name: name == RESULT):
                 self.write(f"results/{key}/{name}", files[name])
@@ -76,12 +78,20 @@ class Store:
             try:
                 for name, content in files.items():
                     self.files.pipe_file(str(partial / name), content)
-                partial.rename(self.path("results", key))
-            except OSError:
-                if not self.has_result(key):  # else another writer was first, with the same content
-                    raise
+                try:
+                    partial.rename(self.path("results", key))
+                except OSError:
+                    if not self.has_result(key):  # else another writer was first, with the same content
+                        self.discard(key)
+                        partial.rename(self.path("results", key))
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def discard(self, key: str) -> None:
+        """Take away a damaged result."""
+        with _storing(f"results/{key}"):
+            if self.files.exists(self.path("results", key)):
+                self.files.rm(self.path("results", key), recursive=True)
 
     def has_result(self, key: str) -> bool:
         with _storing(key):
@@ -103,13 +113,19 @@ class Store:
 
     def read_jsons(self, paths: Sequence[str]) -> dict[str, Any]:
         """As `read_json` of many, those that there are; at once, where the file system can do that."""
-        places = {self.path(path): path for path in paths}
+        places = [self.path(path) for path in paths]
         try:
-            found = self.files.cat(list(places), on_error="omit") if places else {}
+            everything: list[None] = [None] * len(places)
+            contents = self.files.cat_ranges(places, everything, everything, on_error="return")
         except Exception as error:  # whatever a file system raises
             raise StoreError(f"cannot read {self.root}: {one_line(error)}") from error
-        values = {places[place]: _parsed(content) for place, content in found.items()}
-        return {path: value for path, value in values.items() if value is not None}
+        found = {}
+        for path, content in zip(paths, contents, strict=True):
+            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                raise StoreError(f"cannot read {self.path(path)}: {one_line(content)}") from content
+            if isinstance(content, bytes) and (value := _parsed(content)) is not None:
+                found[path] = value
+        return found
 
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())

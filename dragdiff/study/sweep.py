@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dragdiff.config import Config, StudyConfig, StudyDataConfig, config_folder, find_overlay, load_config, walk
+from dragdiff.config import Config, StudyConfig, StudyDataConfig, config_folder, find_overlay, flat, load_config, walk
 from dragdiff.data.scenes import UNIT
 from dragdiff.errors import UserError
 from dragdiff.study.plan import Variant, config_of, read_subjects, show, variants_of
@@ -61,7 +60,7 @@ def write_sweep(study: StudyConfig, path: str | Path) -> None:
 
 def _categorical(variants: list[Variant]) -> dict[str, Any]:
     """The values of each setting whose combinations are the variants."""
-    settings = [dict(_flat(variant.settings)) for variant in variants]
+    settings = [dict(flat(variant.settings)) for variant in variants]
     values: dict[str, list[Any]] = {key: [] for key in settings[0]}
     for entry in settings:
         for key, value in entry.items():
@@ -112,7 +111,7 @@ def _shared(study: StudyConfig) -> list[str]:
     }
     if study.logger.tags:
         logger["logger.tags"] = show(study.logger.tags)
-    settings = dict(_flat(study.settings)) | logger
+    settings = dict(flat(study.settings)) | logger
     return [*(_overlay(name) for name in study.base), *(f"{key}={show(value)}" for key, value in settings.items())]
 
 
@@ -120,14 +119,6 @@ def _overlay(name: str) -> str:
     """An overlay's name that holds in any folder."""
     path = find_overlay(name)
     return path.stem if path.parent.absolute() == config_folder().absolute() else str(path.absolute())
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _argument(value: Any) -> Any:
@@ -140,7 +131,7 @@ def _check_arrives(wanted: Config, shared: list[str], variant: Variant, seed: in
     Raises:
         UserError: the command line of an agent would not say what the variant does.
     """
-    given = [*shared, *(f"{key}={_argument(value)}" for key, value in _flat(variant.settings)), f"seed={seed}"]
+    given = [*shared, *(f"{key}={_argument(value)}" for key, value in flat(variant.settings)), f"seed={seed}"]
     files, overrides = [text for text in given if "=" not in text], [text for text in given if "=" in text]
     found = load_config(files, overrides)
     for (key, _, ours), (_, _, theirs) in zip(walk(wanted), walk(found), strict=True):

@@ -53,7 +53,7 @@ class Worker:
         self.study, self.device = study, device
         self.store = Store(study.results)
         self._editor: Editor | None = None
-        self._loaded = ""
+        self._loaded = self._pictured = ""
         self._suite: Suite | None = None
 
     def ping(self) -> None:
@@ -63,11 +63,20 @@ class Worker:
         """Metrics that can't be had here, and what to do about it. Loads their models."""
         return self._metrics().unavailable
 
-    def pace(self, task: Task) -> float:
-        """Seconds that a forward of the denoiser takes for the picture of a task, median of a few. Loads the model."""
+    def pace(self, task: Task) -> float | None:
+        """Seconds that a forward of the denoiser takes for the picture of a task, median of a few. Loads the model.
+
+        None where that picture can't be had or is too large: then its edit will say so.
+        """
         assert task.config is not None
         editor = self._configured(task.config)
-        image = task.subject.sample.resized(task.config.data.max_size).image
+        try:
+            return self._pace(task, task.config, editor)
+        except (UserError, torch.OutOfMemoryError):
+            return None
+
+    def _pace(self, task: Task, config: Config, editor: Editor) -> float:
+        image = task.subject.sample.resized(config.data.max_size).image
         backbone = editor.backbone
         shape = (1, backbone.latent_channels, *backbone.latent_size(*image.shape[:2]))
         latent, seconds = torch.zeros(shape, device=backbone.device), []
@@ -87,13 +96,12 @@ class Worker:
         """
         start = time.perf_counter()
         scores = self.store.read_json(f"results/{task.key}/{SCORES}") or {}
-        missing = missing_scores(scores, self.study.metrics)
-        if self.store.has_result(task.key) and not missing:
+        if self.store.has_result(task.key) and not missing_scores(scores, self.study.metrics):
             return Outcome(task.key, scores)
         try:
             with _threads(self.study.threads):
                 picture = self._edit(task)
-                scores = self._score(task, picture, missing)
+                scores = self._score(task, picture)
         except StoreError:
             raise
         except Exception as error:  # whatever an edit may run into: the study goes on
@@ -105,7 +113,7 @@ class Worker:
 
     def distances_in_order(self, edits: list[tuple[Subject, str]]) -> dict[str, Values]:
         """Mean distance with one noise generator for all edits (samples and their results' keys), by sample."""
-        suite = Suite(self.study.metrics, ["distance"])
+        suite = Suite(self._metrics().settings, ["distance"])  # its generator begins anew
         found: dict[str, Values] = {}
         with _threads(self.study.threads):
             for subject, key in edits:
@@ -119,20 +127,33 @@ class Worker:
         """The task's picture (H, W, 3) uint8, from its result or made now."""
         kept = self.store.read(f"results/{task.key}/edited.png") if self.store.has_result(task.key) else None
         if kept is not None:
-            return _picture(kept)
+            try:
+                return _picture(kept)
+            except OSError:  # not Pillow's: damaged
+                self.store.discard(task.key)
         if task.config is None:
             picture = baseline_picture(task.baseline, task.subject)
             self.store.write_result(task.key, {"edited.png": _png(picture), RESULT: _json({"baseline": task.baseline})})
             return picture
         editor = self._configured(task.config)
-        if task.lora_steps:
+        if task.subject.name != self._pictured:
+            editor.forget()
+            self._pictured = task.subject.name
+        result = self._attempt(editor, task)
+        if result is None:  # what is kept for the picture's other edits may be what is too much
+            editor = editor.without_memory()
             editor.share_lora(task.subject.sample, task.lora_steps)
-        try:
             result = editor.edit(task.subject.sample)
-        except torch.OutOfMemoryError:  # what is kept for the picture's other edits may be what is too much
-            result = editor.without_memory().edit(task.subject.sample)
         self.store.write_result(task.key, _files(result, task))
         return result.image
+
+    def _attempt(self, editor: Editor, task: Task) -> EditResult | None:
+        """None where memory is too small; the error is gone then, and with it what it holds."""
+        try:
+            editor.share_lora(task.subject.sample, task.lora_steps)
+            return editor.edit(task.subject.sample)
+        except torch.OutOfMemoryError:
+            return None
 
     def _configured(self, config: Config) -> Editor:
         if self.device and config.model.device == "auto":
@@ -148,18 +169,20 @@ class Worker:
             if self.device and settings.distance.device == "auto":
                 distance = dataclasses.replace(settings.distance, device=self.device)
                 settings = dataclasses.replace(settings, distance=distance)
-            self._suite = Suite(settings, pooled_metrics(settings))
+            self._suite = Suite(settings, settings.names)
         return self._suite
 
-    def _score(self, task: Task, picture: np.ndarray, missing: list[str]) -> dict[str, Values]:
+    def _score(self, task: Task, picture: np.ndarray) -> dict[str, Values]:
         path = f"results/{task.key}/{SCORES}"
         before = scores = self.store.read_json(path) or {}
-        for name in missing:
-            values = self._metrics().score(name, task.subject, picture)
-            if values is not None:
-                scores = scores | {metric_key(name, self.study.metrics): values}
-        if scores != before:
-            self.store.write_json(path, scores)
+        try:
+            for name in missing_scores(before, self.study.metrics):
+                values = self._metrics().score(name, task.subject, picture)
+                if values is not None:
+                    scores = scores | {metric_key(name, self.study.metrics): values}
+        finally:  # one that fails takes nothing from the others
+            if scores != before:
+                self.store.write_json(path, scores)
         return scores
 
 
