@@ -29,9 +29,11 @@ class Summary:
     """What a run of a study has done.
 
     Attributes:
-        edited, scored_before: tasks done now, and found done.
-        failed: key and reason of the tasks without a result.
+        total: tasks of the study.
+        done, found: tasks done now, and done before.
+        failed: key and reason of those that could not be done.
         unavailable: metrics that could not be had, and what to do about it.
+        values: of the edits done now, each its mean over pairs, by column; baselines apart.
     """
 
     total: int
@@ -39,7 +41,7 @@ class Summary:
     found: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    values: dict[str, list[float]] = field(default_factory=dict)  # of edits by a model, by column
+    values: dict[str, list[float]] = field(default_factory=dict)
 
 
 def open_study(plan: Plan) -> Store:

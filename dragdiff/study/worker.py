@@ -33,13 +33,11 @@ class Outcome:
     Attributes:
         scores: by metric (as `metric_key` names it), then by column.
         failure: the reason, where there is no result.
-        seconds: wall time; 0 where the result and its scores were there already.
     """
 
     key: str
     scores: dict[str, Values] = field(default_factory=dict)
     failure: str = ""
-    seconds: float = 0.0
 
 
 class Worker:
@@ -94,7 +92,6 @@ class Worker:
         Raises:
             StoreError: the results can't be read or written.
         """
-        start = time.perf_counter()
         scores = self.store.read_json(f"results/{task.key}/{SCORES}") or {}
         if self.store.has_result(task.key) and not missing_scores(scores, self.study.metrics):
             return Outcome(task.key, scores)
@@ -107,9 +104,9 @@ class Worker:
         except Exception as error:  # whatever an edit may run into: the study goes on
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
             record_failure(self.store, task, reason, traceback.format_exc())
-            return Outcome(task.key, failure=reason, seconds=time.perf_counter() - start)
+            return Outcome(task.key, failure=reason)
         self.store.remove(f"failures/{task.key}.json")
-        return Outcome(task.key, scores, seconds=time.perf_counter() - start)
+        return Outcome(task.key, scores)
 
     def distances_in_order(self, edits: list[tuple[Subject, str]]) -> dict[str, Values]:
         """Mean distance with one noise generator for all edits (samples and their results' keys), by sample."""
@@ -129,7 +126,7 @@ class Worker:
         if kept is not None:
             try:
                 return _picture(kept)
-            except OSError:  # not Pillow's: damaged
+            except (OSError, SyntaxError, ValueError):  # damaged
                 self.store.discard(task.key)
         if task.config is None:
             picture = baseline_picture(task.baseline, task.subject)
