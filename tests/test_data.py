@@ -6,6 +6,7 @@ import pickle
 import pickletools
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from dragdiff.data.readers import (
     read_sample,
     read_sde_drag,
     sample_names,
+    write_dragbench,
     write_folder,
 )
 from dragdiff.data.safe_pickle import PickledArray, load_pickle
@@ -429,6 +431,40 @@ def test_plain_format_round_trip(tmp_path, mask):
         assert (folder / "mask.png").exists() == (mask is not None)
 
 
+@pytest.mark.parametrize("mask", [None, box()])
+def test_dragbench_round_trip(tmp_path, mask):
+    prompt = "猫 cnumpy._core.multiarray\n_reconstruct\n"  # no name in the pickle, so left as it is
+    points = [[3, 4], [10.5, 12], [0, 23], [31.25, 0]]
+    sample = EditSample(picture(), prompt, points, mask, "anything")
+    write_dragbench(sample, tmp_path / "out")
+    everything = np.ones((24, 32), np.uint8)
+    found = read_sample(tmp_path / "out")
+    assert same(found, EditSample(picture(), prompt, points, everything if mask is None else mask))
+    assert found.name == "out"
+    assert Image.open(tmp_path / "out" / "user_drag.png").size == (32, 24)
+    assert "not an empty folder" in message(write_dragbench, sample, tmp_path / "out")
+
+    data = (tmp_path / "out" / "meta_data.pkl").read_bytes()
+    names = [argument for instruction, argument, _ in pickletools.genops(data) if instruction.name == "GLOBAL"]
+    assert "numpy.core.multiarray _reconstruct" in names and "_core" not in " ".join(names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 renamed numpy.core
+        meta = pickle.loads(data)
+    assert list(meta) == ["prompt", "points", "mask"] and meta["prompt"] == prompt
+    assert meta["points"] == points
+    assert [[type(n) for n in p] for p in meta["points"]] == [[type(n) for n in p] for p in points]
+    assert meta["mask"].dtype == np.uint8 and np.array_equal(meta["mask"], everything if mask is None else mask)
+
+
+def test_write_dragbench_leaves_nothing_unfinished(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    text = message(write_dragbench, EditSample(picture(), "", PAIR), tmp_path / "out")
+    assert "No space left" in text and not list(tmp_path.iterdir())
+
+
 def test_write_folder_replaces_nothing(tmp_path):
     sample = EditSample(picture(), "", PAIR)
     kept = tmp_path / "full" / "notes.txt"
@@ -795,6 +831,43 @@ def test_dragbench_points_that_contain_themselves(tmp_path):
         meta = {"prompt": "a cat", "points": points, "mask": box()}
         (folder / "meta_data.pkl").write_bytes(pickle.dumps(meta))
         assert "malformed points" in message(read_dragbench, folder)
+
+
+# 2**60 numbers in few bytes: a tuple of the tuple before it, twice, and so on; they keep the index 0.
+NESTED = b"K\x01" + b"q\x00h\x00\x86" * 60 + b"q\x00"
+ENCODE = b"c_codecs\nencode\n"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        (b"}" + NESTED + b"Ns", "a key of the type tuple"),
+        (b"}(" + NESTED + b"Nu", "a key of the type tuple"),
+        (b"}(K\x01N" + NESTED + b"Nu", "a key of the type tuple"),
+        (b"})Ns", "a key of the type tuple"),
+        (b"}NNs", "a key of the type NoneType"),
+        (b"}" + ENCODE + b"Ns", "a key of the type _StandIn"),
+        (ENCODE + b"X\x01\x00\x00\x00a" + NESTED + b"\x86R", "encodes a text otherwise"),
+        (ENCODE + NESTED + b"h\x00\x86R", "was refused"),
+        (NESTED + b"K\x01R", "calls something that is no function"),
+        (NESTED + b")R", "calls something that is no function"),
+        (NESTED + b"K\x01b", "was refused"),
+        (NESTED + b"K\x01a", "was refused"),
+        (b"cnumpy\ndtype\n" + NESTED + b"NN\x87R", "was refused"),
+        (b"cnumpy.core.numeric\n_frombuffer\n(" + NESTED + b"h\x00h\x00h\x00tR", "malformed array"),
+    ],
+)
+def test_nested_tuples_waste_no_time(tmp_path, instructions, expected):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + instructions + b".")
+    text = message(load_pickle, tmp_path / "a.pkl")
+    assert expected in text and "was refused" in text
+
+
+def test_keys_of_dicts_are_texts_and_numbers(tmp_path):
+    for protocol in (2, 3, 4, 5):
+        for value in ({}, {"a": 1}, {"a": {1: None, 2.5: [(1, 2)]}, -1: {}}):
+            (tmp_path / "a.pkl").write_bytes(pickle.dumps(value, protocol))
+            assert load_pickle(tmp_path / "a.pkl") == value
 
 
 def test_pickles_are_bounded_in_size(tmp_path, monkeypatch):

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import pickletools
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -56,24 +60,12 @@ def write_folder(sample: EditSample, path: FilePath) -> None:
     Raises:
         UserError: when ``path`` is there already and not an empty folder, or cannot be written.
     """
-    folder = Path(path).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder: choose another one or remove it")
-    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    try:
-        unfinished.mkdir(parents=True)
-        Image.fromarray(sample.image).save(unfinished / "image.png")
+    with _new_folder(path) as folder:
+        Image.fromarray(sample.image).save(folder / "image.png")
         if sample.mask is not None:
-            Image.fromarray(sample.mask.astype("uint8") * 255).save(unfinished / "mask.png")
+            Image.fromarray(sample.mask.astype("uint8") * 255).save(folder / "mask.png")
         edit = {"prompt": sample.prompt, "points": sample.points.tolist()}
-        (unfinished / "edit.json").write_text(json.dumps(edit, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        (folder / "edit.json").write_text(json.dumps(edit, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 def read_dragbench(path: FilePath) -> EditSample:
@@ -100,6 +92,31 @@ def read_dragbench(path: FilePath) -> EditSample:
         raise UserError(f"{file} holds no mask: it must be an array (height, width) of 0 and 1")
     drawn = mask.array if mask.array.any() else None
     return _sample(folder, load_image(folder / "original_image.png"), meta["prompt"], points, drawn)
+
+
+def write_dragbench(sample: EditSample, path: FilePath) -> None:
+    """Write a sample as a folder of DragBench, with ``user_drag.png`` as its picture of the drags.
+
+    `read_dragbench` gives it back, named after the folder and with a mask of all pixels where there was none:
+    other programs may take one without any as nothing that may change. The pickle loads with numpy 1 and 2.
+    The folder appears as a whole or not at all.
+
+    Raises:
+        UserError: when ``path`` is there already and not an empty folder, or cannot be written.
+    """
+    from dragdiff.output import annotated  # here, since only this needs what it imports
+
+    numbers = sample.points.reshape(-1, 2).tolist()
+    mask = np.ones(sample.image.shape[:2], bool) if sample.mask is None else sample.mask
+    meta = {
+        "prompt": sample.prompt,
+        "points": [[int(n) if n.is_integer() else n for n in point] for point in numbers],
+        "mask": mask.astype(np.uint8),
+    }
+    with _new_folder(path) as folder:
+        Image.fromarray(sample.image).save(folder / "original_image.png")
+        annotated(sample).save(folder / "user_drag.png")
+        (folder / "meta_data.pkl").write_bytes(_pickled(meta))
 
 
 def read_drag100(path: FilePath) -> EditSample:
@@ -218,6 +235,38 @@ def convert(source: FilePath, destination: FilePath) -> tuple[list[Path], list[t
         except UserError as error:
             failures.append((folder, str(error)))
     return converted, failures
+
+
+@contextmanager
+def _new_folder(path: FilePath) -> Iterator[Path]:
+    """A folder to write to, which becomes ``path`` at the end, or vanishes when something goes wrong.
+
+    Raises:
+        UserError: when ``path`` is there already and not an empty folder, or cannot be written.
+    """
+    folder = Path(path).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: choose another one or remove it")
+    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _pickled(meta: dict[str, Any]) -> bytes:
+    """Pickle a dict with one array by the name of its module in numpy 1, which numpy 2 understands as well."""
+    data = pickle.dumps(meta, 2)  # later protocols write names with their lengths
+    for instruction, name, start in pickletools.genops(data):
+        if instruction.name == "GLOBAL" and str(name).startswith("numpy._core."):
+            return data[:start] + data[start:].replace(b"numpy._core.", b"numpy.core.", 1)
+    return data
 
 
 def _reader(folder: Path) -> Callable[[FilePath], EditSample] | None:

@@ -1,15 +1,15 @@
 """Read plain values and numpy arrays from a pickle that nobody vouches for.
 
-A pickle is a program: it names functions and calls them. Three fences make it harmless here:
+A pickle is a program: it names functions and calls them. Four fences make it harmless here:
 
 1. its instructions are looked through before any of them runs, and only those are let pass that build
    plain containers, numbers and texts and that numpy's arrays need;
 2. each of the few numpy functions that it may name is replaced by a stand-in of ours, so that neither
    numpy's own nor any other function is ever called with its arguments;
 3. the stand-ins take arrays of bools and numbers only, whose bytes are all in the file: no objects, and no
-   allocation larger than the file.
-
-What remains possible is to waste time, with a dict's key of tuples nested so that hashing it takes forever.
+   allocation larger than the file;
+4. the keys of dicts are texts and numbers, for some hundred bytes can nest tuples so that hashing or printing
+   them takes forever; no message quotes a value that may be such a tuple.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,23 +81,53 @@ def load_pickle(path: str | os.PathLike[str]) -> object:
 
 
 def _check_instructions(data: bytes) -> None:
-    for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
+    for count, (instruction, _, _) in enumerate(pickletools.genops(data)):
         if instruction.name not in _INSTRUCTIONS:
             raise pickle.UnpicklingError(f"it contains the instruction {instruction.name}")
         if count >= MAX_INSTRUCTIONS:
             raise pickle.UnpicklingError(f"it has more than {MAX_INSTRUCTIONS} instructions")
-        # The unpickler makes room for all indices up to the one named, which may be four thousand million.
-        if instruction.name in ("BINPUT", "LONG_BINPUT") and (argument or 0) > count:
-            raise pickle.UnpicklingError(f"it stores a value at the index {argument}")
 
 
-class _Unpickler(pickle.Unpickler):
+_RUN: dict[int, Any] = pickle._Unpickler.dispatch  # a function for the code of each instruction
+
+
+class _Unpickler(pickle._Unpickler):
+    """The unpickler written in Python, since that in C does not let its instructions be replaced."""
+
+    stack: list[Any]  # what came after the last MARK
+
     def find_class(self, module: str, name: str) -> Any:
         # numpy 2 renamed numpy.core to numpy._core
         stand_in = _STAND_INS.get((module.replace("numpy._core.", "numpy.core.", 1), name))
         if stand_in is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return stand_in
+
+    def _set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        _RUN[pickle.SETITEM[0]](self)
+
+    def _set_items(self) -> None:
+        _check_keys(self.stack[::2])
+        _RUN[pickle.SETITEMS[0]](self)
+
+    def _reduce(self) -> None:
+        function, arguments = self.stack[-2:]
+        if not (isinstance(function, _StandIn) and isinstance(arguments, tuple)):
+            raise pickle.UnpicklingError("it calls something that is no function")
+        _RUN[pickle.REDUCE[0]](self)
+
+    dispatch: ClassVar[dict[int, Any]] = _RUN | {
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.REDUCE[0]: _reduce,
+    }
+
+
+def _check_keys(keys: list[Any]) -> None:
+    for key in keys:
+        if type(key) not in (str, int, float):
+            raise pickle.UnpicklingError(f"it holds a dict with a key of the type {type(key).__name__}")
 
 
 class _StandIn:
@@ -164,7 +194,7 @@ def _dtype(code: str, _align: Any, _copy: Any) -> _Dtype:
 def _encode(text: str, encoding: str) -> bytes:
     """How protocol 2 writes bytes."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes a text as {encoding}")
+        raise pickle.UnpicklingError("it encodes a text otherwise than as latin1")
     return text.encode("latin1")
 
 
