@@ -1,4 +1,4 @@
-"""The command line: `dragdiff edit | train | study | report | convert`, and the top-level `edit.py` and `train.py`.
+"""The command line: `dragdiff VERB` with edit, train, ui, study, report, convert; the top-level `edit.py`, `train.py`.
 
 Only argparse and OmegaConf are imported here: `--help` and most mistakes answer at once.
 """
@@ -10,13 +10,13 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dragdiff.config import DEFAULT_OVERLAY, Config, StudyConfig, describe, load_config, load_study
+from dragdiff.config import DEFAULT_OVERLAY, Config, StudyConfig, UIConfig, describe, load_config, load_study, load_ui
 from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ REPORT_HELP = """Tables, plots and a gallery of what a study has found so far; t
 
   {prog} experiments/scenes/timestep.yaml
   {prog} outputs/studies/timestep"""
+UI_HELP = """Draw, drag and watch on a web page of this machine, http://127.0.0.1:7860/.
+
+  {prog}
+  {prog} "models=[sd15,my_model.yaml]" "samples=[DragBench]" port=8000
+  {prog} host=0.0.0.0                  for other machines too, with a token"""
 TRAIN_HELP = """Fine-tune a LoRA on one image, or on each sample of a folder; results go to outputs/NAME-lora/.
 
   {prog} configs/sd15.yaml image=cat.jpg prompt="a cat"
@@ -59,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = {
         "edit": (main_edit, "drag one image, or a folder of samples"),
         "train": (main_train, "fine-tune a LoRA on one image"),
+        "ui": (main_ui, "open the web page: draw, drag, watch"),
         "study": (main_study, "run a study: variants of the settings over a data set"),
         "report": (main_report, "tables, plots and a gallery of what a study has found"),
         "convert": (main_convert, "copy samples of the published data sets into the plain folder format"),
@@ -114,6 +120,18 @@ def main_report(argv: Sequence[str] | None = None, *, prog: str = "dragdiff repo
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as for `dragdiff study`, with a YAML file")
     parser.add_argument("--brief", action="store_true", help="without the gallery and the single values")
     return run(report, parser, argv)
+
+
+def main_ui(argv: Sequence[str] | None = None, *, prog: str = "dragdiff ui") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [PAGE.yaml ...] [key=value ...]",
+        description=UI_HELP.replace("{prog}", prog),
+        epilog="all keys of the page, with their defaults:\n\n" + describe(UIConfig).replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="PAGE.yaml | key=value", help="see above and below")
+    return run(ui, parser, argv)
 
 
 def main_convert(argv: Sequence[str] | None = None, *, prog: str = "dragdiff convert") -> int:
@@ -268,6 +286,18 @@ def study(arguments: argparse.Namespace) -> int:
     return 1 if summary.failed or plan.broken else 0
 
 
+def ui(arguments: argparse.Namespace) -> int:
+    """Serve the web page until Ctrl-C."""
+    files = [argument for argument in arguments.settings if "=" not in argument]
+    settings = load_ui(files, [argument for argument in arguments.settings if "=" in argument])
+    try:
+        from dragdiff.ui.app import serve
+    except ImportError as error:
+        raise UserError(f'{error.name} is missing, which the page needs: pip install "dragdiff[ui]"') from error
+    serve(settings)
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Say what a study has found so far."""
     from dragdiff.progress import Bars
@@ -320,7 +350,7 @@ def _each_sample(
             stacklevel=2,
         )
 
-    from dragdiff.editor import Editor
+    from dragdiff.editor import Editor, enough_memory
 
     with closing(Bars()) as bars:
         editor = Editor(config, report=bars)
@@ -328,7 +358,7 @@ def _each_sample(
             editor.config = job
             folder = output.new_folder(job)
             try:
-                with _enough_memory():
+                with enough_memory():
                     summary = work(editor, sample, folder)
                 bars.close()
                 print(summary)
@@ -342,19 +372,6 @@ def _each_sample(
                 done = f"; {number} of {total} samples are finished" if total > 1 else ""
                 raise KeyboardInterrupt(f"{bars}; {folder}/ keeps {kept}{done}") from None
     return _report_failures(failures, total)
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the device's memory is too small for this picture: set a smaller data.max_size, model.dtype=fp16 or "
-            "a smaller lora.batch_size"
-        ) from error
 
 
 def _failed(name: str, error: UserError) -> tuple[str, str]:

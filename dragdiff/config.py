@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,32 +22,47 @@ from omegaconf.errors import OmegaConfBaseException
 from dragdiff.errors import UserError, one_line
 
 T = TypeVar("T")
-Check = tuple[str, Callable[[Any], bool]]  # what is allowed, in words, and the test
+
+
+class Check(NamedTuple):
+    """What values an option may have: in words, the test, and what a form can show of it."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
 
 # What stands in for an overlay when none is named: the first run needs no download.
 DEFAULT_OVERLAY = "embedded"
 
 
 def more_than(low: float) -> Check:
-    return f"> {low}", lambda value: value > low
+    return Check(f"> {low}", lambda value: value > low, low=low)
 
 
 def at_least(low: float) -> Check:
-    return f">= {low}", lambda value: value >= low
+    return Check(f">= {low}", lambda value: value >= low, low=low)
 
 
 def within(low: float, high: float, *, low_open: bool = False) -> Check:
     words = f"in {'(' if low_open else '['}{low}, {high}]"
-    return words, lambda value: (low < value if low_open else low <= value) and value <= high
+    return Check(words, lambda value: (low < value if low_open else low <= value) and value <= high, low, high)
 
 
 def one_of(*choices: str) -> Check:
-    return " | ".join(choices), lambda value: value in choices
+    return Check(" | ".join(choices), lambda value: value in choices, choices=choices)
 
 
-def option(default: Any, explanation: str, check: Check | None = None) -> Any:
-    """A dataclass field that carries its explanation (with unit) and its check."""
-    metadata = {"explanation": explanation, "check": check}
+def option(default: Any, explanation: str, check: Check | None = None, *, local: bool = False) -> Any:
+    """A dataclass field that carries its explanation (with unit) and its check.
+
+    Args:
+        local: it names a file, a folder, a device or an account here, or what the machine keeps: it belongs to whoever
+            starts the program, and the web page does not let its visitors set it.
+    """
+    metadata = {"explanation": explanation, "check": check, "local": local}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -71,8 +86,11 @@ class ModelConfig:
     path: str = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "hub id, local folder (diffusers), single .safetensors file, or 'embedded'",
+        local=True,
     )
-    revision: str = option("", "hub revision; empty = the one in the hub's cache on this machine, else the newest")
+    revision: str = option(
+        "", "hub revision; empty = the one in the hub's cache on this machine, else the newest", local=True
+    )
     prediction: str = option(
         "auto",
         "what the network predicts; auto = as the model's scheduler says (a single file of SD 2.x can't say it)",
@@ -82,8 +100,9 @@ class ModelConfig:
         "",
         "another autoencoder: hub id, local folder or .safetensors file, e.g. stabilityai/sd-vae-ft-mse; "
         "empty = the model's own",
+        local=True,
     )
-    device: str = option("auto", "auto | cpu | cuda | cuda:N | mps")
+    device: str = option("auto", "auto | cpu | cuda | cuda:N | mps", local=True)
     dtype: str = option("fp32", "the weights' precision", one_of("fp32", "bf16", "fp16"))
     autocast: str = option(
         "auto",
@@ -98,7 +117,7 @@ class LoRAConfig:
     """The identity-preserving fine-tune of one image."""
 
     path: str = option(
-        "", "a trained LoRA (.safetensors file or its folder); empty = train one, or take it from the cache"
+        "", "a trained LoRA (.safetensors file or its folder); empty = train one, or take it from the cache", local=True
     )
     steps: int = option(80, "optimiser steps; 0 = no LoRA", at_least(0))
     rank: int = option(16, "rank of each update", at_least(1))
@@ -112,8 +131,10 @@ class LoRAConfig:
         "random crops cut from the latent, encoded once; or 'pixel': each crop encoded by itself, as the reference",
         one_of("latent", "pixel"),
     )
-    resume: str = option("", "a checkpoint (last.ckpt beside kept LoRA files) to go on from")
-    save_every: int = option(0, "steps between LoRA files kept on the way; 0 = the last one only", at_least(0))
+    resume: str = option("", "a checkpoint (last.ckpt beside kept LoRA files) to go on from", local=True)
+    save_every: int = option(
+        0, "steps between LoRA files kept on the way; 0 = the last one only", at_least(0), local=True
+    )
 
 
 @dataclass
@@ -175,9 +196,11 @@ class ControlConfig:
 class OutputConfig:
     """What is written where."""
 
-    folder: str = option("outputs", "results go to <output.folder>/<output.name>/")
+    folder: str = option("outputs", "results go to <output.folder>/<output.name>/", local=True)
     name: str = option(
-        "", "empty = the sample's name; put before it when there are many; a number is added where it is taken"
+        "",
+        "empty = the sample's name; put before it when there are many; a number is added where it is taken",
+        local=True,
     )
     frames_every: int = option(10, "drag steps between intermediate frames (disk and W&B); 0 = none", at_least(0))
 
@@ -186,25 +209,26 @@ class OutputConfig:
 class LoggerConfig:
     """Experiment tracking."""
 
-    kind: str = option("none", "where losses and distances go", one_of("none", "csv", "wandb"))
-    project: str = option("dragdiff", "W&B project")
-    offline: bool = option(False, "W&B without network or login: synchronise later with `wandb sync`")
-    group: str = option("", "W&B group; empty = method and model")
-    tags: list[str] = option([], "more W&B tags, besides method and model")
+    kind: str = option("none", "where losses and distances go", one_of("none", "csv", "wandb"), local=True)
+    project: str = option("dragdiff", "W&B project", local=True)
+    offline: bool = option(False, "W&B without network or login: synchronise later with `wandb sync`", local=True)
+    group: str = option("", "W&B group; empty = method and model", local=True)
+    tags: list[str] = option([], "more W&B tags, besides method and model", local=True)
 
 
 @dataclass
 class CacheConfig:
     """What is kept between runs."""
 
-    enabled: bool = option(True, "reuse trained LoRAs and inverted latents")
+    enabled: bool = option(True, "reuse trained LoRAs and inverted latents", local=True)
     reference_mb: int = option(
         0,
         "memory for what the source's self-attention sees while denoising, kept for the next edit of the same picture, "
         "MB; what needs more is computed again",
         at_least(0),
+        local=True,
     )
-    folder: str = option("", "empty = $XDG_CACHE_HOME/dragdiff, or ~/.cache/dragdiff")
+    folder: str = option("", "empty = $XDG_CACHE_HOME/dragdiff, or ~/.cache/dragdiff", local=True)
 
 
 @dataclass
@@ -212,9 +236,11 @@ class Config:
     """One edit. The input is a sample folder, or an image with points, or a generated picture."""
 
     sample: str = option(
-        "", "a sample folder (ours, DragBench, Drag100), a folder of many, example:NAME, or a drawn scene:KIND-SEED"
+        "",
+        "a sample folder (ours, DragBench, Drag100), a folder of many, example:NAME, or a drawn scene:KIND-SEED",
+        local=True,
     )
-    image: str = option("", "picture file, with prompt, points and mask; instead of a sample")
+    image: str = option("", "picture file, with prompt, points and mask; instead of a sample", local=True)
     prompt: str = option("", "what the picture shows; with a sample, in place of its own")
     points: list[Any] = option(
         [],
@@ -225,6 +251,7 @@ class Config:
         "",
         "picture of the image's size, white = may change; empty = everything may change; "
         "with a sample, in place of its own",
+        local=True,
     )
     seed: int = option(42, "of the LoRA's draws and of generated pictures", within(0, 2**32 - 1))
     data: DataConfig = field(default_factory=DataConfig)
@@ -319,6 +346,36 @@ class StudyConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
+@dataclass
+class UIConfig:
+    """The web page."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens the page to other machines")
+    port: int = option(7860, "of that address; 0 = a free one", within(0, 65535))
+    token: str = option(
+        "", "what a visitor must know where the page is open to other machines; empty = one is made and printed"
+    )
+    models: list[str] = option(
+        [DEFAULT_OVERLAY, "sd15", "sd15-fast"],
+        "overlays that name a model: those that can be chosen, the first is loaded at the start",
+    )
+    vaes: list[str] = option(
+        ["stabilityai/sd-vae-ft-mse"], "autoencoders that can be chosen instead of a model's own, as model.vae"
+    )
+    loras: list[str] = option([], "trained LoRAs that can be chosen, as lora.path")
+    samples: list[str] = option([], "folders of samples that can be opened, besides the examples")
+    max_size: int = option(512, "data.max_size where the model's overlay sets none, px", at_least(0))
+    folder: str = option("", "where visitors' pictures and results are kept; empty = a temporary folder")
+    keep_hours: float = option(24.0, "after a visitor's last request all that is theirs is deleted", more_than(0))
+    max_upload_mb: float = option(20.0, "of one upload", more_than(0))
+    max_megapixels: float = option(16.0, "of one picture", more_than(0))
+    max_minutes: float = option(0.0, "a run that takes longer is ended; 0 = none is", at_least(0))
+    queue: int = option(20, "runs that may wait", at_least(1))
+    queue_each: int = option(5, "of these, of one visitor", at_least(1))
+    runs_each: int = option(50, "runs of a visitor that are kept; then the oldest goes", at_least(1))
+    threads: int = option(0, "CPU threads of the model; 0 = torch's own choice", at_least(0))
+
+
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     """Each option of a config as (dotted key, field, value), sections flattened."""
     for f in fields(config):
@@ -384,6 +441,22 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     return study
 
 
+def load_ui(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> UIConfig:
+    """As `load_config`, of the web page's own settings, in YAML files or `key=value`.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"no file {str(file)!r}: give a YAML file of the page's settings, or key=value")
+    settings = _load(UIConfig, [(_read_yaml(Path(file)), str(file)) for file in files], overrides)
+    _check_values(settings)
+    if not settings.models:
+        raise UserError(f"models is empty: name at least one overlay, e.g. models=[{DEFAULT_OVERLAY}]")
+    return settings
+
+
 def _study_overlays(file: Path, depth: int = 0) -> list[tuple[dict[Any, Any], str]]:
     if not file.is_file():
         raise UserError(f"no study file {str(file)!r}: give a YAML file, e.g. experiments/scenes/timestep.yaml")
@@ -433,25 +506,25 @@ def check(config: Config) -> None:
         )
 
 
-def _check_values(config: Config | StudyConfig) -> None:
+def _check_values(config: Config | StudyConfig | UIConfig) -> None:
     for key, f, value in walk(config):
         allowed: Check | None = f.metadata["check"]
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} is {value}: it must be a finite number")
-        if allowed and not allowed[1](value):
-            raise UserError(f"{key} is {value!r}: it must be {allowed[0]}")
+        if allowed and not allowed.holds(value):
+            raise UserError(f"{key} is {value!r}: it must be {allowed.words}")
 
 
 def to_yaml(config: Config | StudyConfig) -> str:
     """The whole resolved config; `load_config` of it alone gives the same config."""
-    return OmegaConf.to_yaml(_as_it_stands(dataclasses.asdict(config)))
+    return OmegaConf.to_yaml(as_it_stands(dataclasses.asdict(config)))
 
 
-def describe(kind: type[Config] | type[StudyConfig] = Config) -> str:
+def describe(kind: type[Config] | type[StudyConfig] | type[UIConfig] = Config) -> str:
     """Every key with its default and explanation, for --help."""
     lines = []
     for key, f, value in walk(kind()):
-        allowed = f"  [{f.metadata['check'][0]}]" if f.metadata["check"] else ""
+        allowed = f"  [{f.metadata['check'].words}]" if f.metadata["check"] else ""
         shown = "''" if value == "" else value
         lines.append(f"  {key}={shown}\n      {f.metadata['explanation']}{allowed}")
     return "\n".join(lines)
@@ -473,19 +546,19 @@ def _read_override(kind: type, override: str) -> dict[Any, Any]:
         raise UserError(f"cannot read {override!r}: settings are written key=value, e.g. drag.lr=0.02")
     if isinstance(_defaults(kind).get(key), str):  # prompts and paths need no YAML quoting
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-        return {key: _as_it_stands(text[1:-1] if quoted else text)}
+        return {key: as_it_stands(text[1:-1] if quoted else text)}
     try:
         return {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]}  # type: ignore[call-overload,index]
     except Exception as error:  # OmegaConf lets several YAML and grammar errors through
         raise UserError(f"cannot read {override!r}: {one_line(error)}") from error
 
 
-def _as_it_stands(value: Any) -> Any:
-    """The same for OmegaConf, which would take `${` in a text for a reference to another key."""
+def as_it_stands(value: Any) -> Any:
+    """The same for OmegaConf, which would take `${` in a text for a reference to another key or the environment."""
     if isinstance(value, dict):
-        return {key: _as_it_stands(entry) for key, entry in value.items()}
+        return {key: as_it_stands(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_as_it_stands(entry) for entry in value]
+        return [as_it_stands(entry) for entry in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 

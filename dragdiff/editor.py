@@ -20,9 +20,9 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from dragdiff import cache, output
-from dragdiff.callbacks import Frames, PointTracking, Progress, Trajectory
+from dragdiff.callbacks import Frames, PointTracking, Progress, Spectator, Trajectory, Watch
 from dragdiff.callbacks.checkpoint import LoRACheckpoint, LoRASnapshots
-from dragdiff.config import Config, check, load_config
+from dragdiff.config import Config, ModelConfig, check, load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
 from dragdiff.loggers import log_result, open_logger
@@ -128,6 +128,7 @@ class Editor:
         folder: Path | None = None,
         logger: Logger | None = None,
         callbacks: Sequence[L.Callback] = (),
+        watch: Watch | None = None,
     ) -> EditResult:
         """Drag one sample.
 
@@ -137,6 +138,8 @@ class Editor:
             folder: where intermediate frames are written as they come; None keeps them in memory only.
             logger: a Lightning logger for losses, distances and frames (`config.logger` is for `edit_and_save`).
             callbacks: more observers of the drag.
+            watch: told of each drag step: its number, the handles (N, 2) as (x, y) in px of the sample's image, and the
+                preview (h, w, 3) uint8 if this step has one (`output.frames_every`).
 
         Raises:
             UserError: the sample does not fit the settings.
@@ -164,7 +167,9 @@ class Editor:
                     f"the latent at the drag's timestep is not finite: with model.dtype={self.config.model.dtype} and "
                     f"autocast {self.autocast} the model overflows; use model.dtype=fp32 model.autocast=none"
                 )
-            drag, trajectory, frames = self._drag(sample, working, source, embeddings, keep, folder, logger, callbacks)
+            drag, trajectory, frames = self._drag(
+                sample, working, source, embeddings, keep, folder, logger, callbacks, watch
+            )
             image = self._denoise(sample, source, drag.latent.detach(), embeddings, scheduler)
         if not trajectory.positions:
             trajectory.positions.append(drag.handles)
@@ -181,8 +186,11 @@ class Editor:
             config=self.config,
         )
 
-    def edit_and_save(self, sample: EditSample, folder: str | Path) -> EditResult:
+    def edit_and_save(self, sample: EditSample, folder: str | Path, **observers: Any) -> EditResult:
         """As `edit`; writes into the folder, and logs as `config.logger` says, all that the command does.
+
+        Args:
+            observers: `callbacks` and `watch`, as for `edit`.
 
         Raises:
             UserError: as `edit`; also, before any work, where the folder can't be made.
@@ -193,7 +201,7 @@ class Editor:
         except OSError as error:
             raise UserError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
         with open_logger(self.config, name=folder.name, folder=folder) as logger:
-            result = self.edit(sample, folder=folder, logger=logger)
+            result = self.edit(sample, folder=folder, logger=logger, **observers)
             output.save(result, folder)
             log_result(logger, output.comparison(result), output.metrics(result))
         return result
@@ -420,6 +428,7 @@ class Editor:
         folder: Path | None,
         logger: Logger | None,
         callbacks: Sequence[L.Callback],
+        watch: Watch | None,
     ) -> tuple[LatentDrag, Trajectory, list[tuple[int, np.ndarray, Tensor]]]:
         settings, backbone = self.config.drag, self.backbone
         scheduler = self._scheduler()
@@ -485,6 +494,8 @@ class Editor:
             watching = [trajectory, Progress(advance, px_per_grid=sample.height / grid[0]), *callbacks]
             if frames.every:
                 watching.append(frames)
+            if watch is not None:
+                watching.append(Spectator(watch, trajectory, frames, to_px=lambda way: self._way(way, sample, working)))
             fit(
                 drag,
                 steps=settings.steps,
@@ -695,6 +706,40 @@ class Editor:
         factors = {key: getattr(settings, f"freeu_{key}") for key in ("b1", "b2", "s1", "s2")}
         with freeu(self.backbone.network, **factors):
             yield
+
+
+class OneModel:
+    """Editors of any settings; one model is loaded, and kept until another is named."""
+
+    def __init__(self) -> None:
+        self._editor: Editor | None = None
+        self._loaded: ModelConfig | None = None
+
+    def editor(self, config: Config) -> Editor:
+        """
+        Raises:
+            UserError: bad settings, or no such model.
+        """
+        if self._editor is None or self._loaded != config.model:
+            self._editor = None  # the memory of the model before is free before the next is loaded
+            self._editor = Editor(config, load_backbone(config.model))
+            self._loaded = copy.copy(config.model)
+        return self._editor.reconfigured(config)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """
+    Raises:
+        UserError: the device's memory was too small.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device's memory is too small for this picture: set a smaller data.max_size, model.dtype=fp16 or "
+            "a smaller lora.batch_size"
+        ) from error
 
 
 def guide(output: Tensor, guidance: float) -> Tensor:

@@ -225,7 +225,7 @@ def test_resolved_config_gives_the_same_config(tmp_path):
             holder = getattr(holder, section)
         allowed = f.metadata["check"]
         if isinstance(value, str):
-            new = next((c for c in allowed[0].split(" | ") if c != value), value) if allowed else f"{value}x"
+            new = next((c for c in allowed.choices if c != value), value) if allowed else f"{value}x"
         elif isinstance(value, float):
             new = value * 0.9 if key != "generate.guidance" else 3.3
         else:
@@ -267,3 +267,16 @@ def test_import_is_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_free_text_that_visitors_of_the_page_may_set_names_no_file_or_device():
+    """A new text option must be looked at here: mark it `local` if it names something of the machine."""
+    free = {k for k, f, v in walk(Config()) if isinstance(v, str) and not f.metadata["check"]}
+    allowed = {k for k, f, _ in walk(Config()) if k in free and not f.metadata["local"]}
+    assert allowed == {
+        "prompt",
+        "generate.negative_prompt",
+        "drag.supervision",
+        "drag.tracker",
+        "control.start_layer",
+    }

@@ -325,3 +325,17 @@ def test_edit_and_save_writes_what_the_command_does(backbone, tmp_path):
         scale = shown.shape[0] / 64
         for x, y in result.trajectory[step]:
             assert tuple(shown[int(y * scale), int(x * scale)]) == HANDLE
+
+
+def test_somebody_who_watches_sees_each_step_and_changes_nothing(tiny_sd):
+    overrides = [f"model.path={tiny_sd}", "model.device=cpu", "cache.enabled=false", "output.frames_every=2"]
+    editor = Editor.from_config("debug", overrides=[*overrides, "drag.steps=4", "lora.steps=0"])
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    sample = EditSample(image, "a", [[[10, 20], [40, 30]]])
+    seen = []
+    watched = editor.edit(sample, watch=lambda step, handles, preview: seen.append((step, handles, preview)))
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    assert np.array_equal(np.stack([handles for _, handles, _ in seen]), watched.trajectory)
+    assert [preview is not None for _, _, preview in seen] == [True, False, True, False]
+    assert all(np.array_equal(seen[step][2], picture) for step, picture, _ in watched.frames)
+    assert np.array_equal(editor.edit(sample).image, watched.image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,10 @@ from dragdiff.output import written
 
 if TYPE_CHECKING:
     from dragdiff.models.drag import LatentDrag
+
+
+# a drag step, the handles (N, 2) as (x, y) in px of the image, the preview (h, w, 3) uint8 if there is one of this step
+Watch = Callable[[int, np.ndarray, np.ndarray | None], None]
 
 
 class Trajectory(DragCallback):
@@ -75,6 +79,31 @@ class Frames(DragCallback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # W&B
                 logger.log_image("drag/frame", [self.draw(picture)], caption=[f"step {step}"])
+
+
+class Spectator(DragCallback):
+    """Tells somebody outside of each step where the handles are, with the preview if there is one of this step."""
+
+    def __init__(
+        self,
+        watch: Watch,
+        trajectory: Trajectory,
+        frames: Frames,
+        *,
+        to_px: Callable[[Sequence[Tensor]], np.ndarray],
+    ) -> None:
+        """
+        Args:
+            watch: told.
+            trajectory, frames: observers that come before this one.
+            to_px: handles on the grid, one (N, 2) for each step, as (K, N, 2), (x, y) in px of the image.
+        """
+        self.watch, self.trajectory, self.frames, self.to_px = watch, trajectory, frames, to_px
+
+    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
+        step, frames = module.steps_done, self.frames.frames
+        preview = frames[-1][1] if frames and frames[-1][0] == step else None
+        self.watch(step, self.to_px(self.trajectory.positions)[-1], preview)
 
 
 class Progress(L.Callback):

@@ -18,10 +18,9 @@ from PIL import Image
 
 from dragdiff import output
 from dragdiff.config import Config, MetricsConfig, StudyConfig, to_yaml
-from dragdiff.editor import Editor, EditResult
+from dragdiff.editor import Editor, EditResult, OneModel
 from dragdiff.errors import UserError, one_line
 from dragdiff.metrics.suite import Suite, Values, metric_key
-from dragdiff.modules.loading import load_backbone
 from dragdiff.study.plan import Subject, Task, baseline_picture
 from dragdiff.study.store import RESULT, SCORES, Store, StoreError
 
@@ -50,8 +49,8 @@ class Worker:
         """
         self.study, self.device = study, device
         self.store = Store(study.results)
-        self._editor: Editor | None = None
-        self._loaded = self._pictured = ""
+        self._model = OneModel()
+        self._pictured = ""
         self._suite: Suite | None = None
 
     def ping(self) -> None:
@@ -155,10 +154,7 @@ class Worker:
     def _configured(self, config: Config) -> Editor:
         if self.device and config.model.device == "auto":
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=self.device))
-        if self._editor is None or self._loaded != repr(config.model):
-            self._editor = None  # the memory of the model before is free before the next is loaded
-            self._editor, self._loaded = Editor(config, load_backbone(config.model)), repr(config.model)
-        return self._editor.reconfigured(config)
+        return self._model.editor(config)
 
     def _metrics(self) -> Suite:
         if self._suite is None:

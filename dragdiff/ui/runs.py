@@ -1,0 +1,225 @@
+"""Runs of the web page's visitors: a queue, and the one worker process that has the model."""
+
+from __future__ import annotations
+
+import multiprocessing
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dragdiff.config import Config
+from dragdiff.data.sample import EditSample
+from dragdiff.errors import UserError
+from dragdiff.ui.worker import Task, work
+
+ENDED = ("done", "failed", "cancelled")
+WAY_SHOWN = 400  # handle positions that the page is told of; a longer way is thinned out
+DIED = "the model's process ended ({}), most likely for want of memory: it starts again with the next run"
+# What a step costs, in forwards of the denoiser; measured on Stable Diffusion's structure, for the time left only.
+FORWARDS = {"LoRA": 2.3, "inversion": 1.0, "drag": 2.2, "denoise": 2.05, "generate": 2.0}
+
+
+@dataclass
+class Run:
+    """One wish of a visitor, and what has become of it."""
+
+    kind: str
+    config: Config
+    request: dict[str, Any]
+    folder: Path
+    cache: Path
+    sample: EditSample | None = None
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(9))
+    status: str = "queued"
+    message: str = ""
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    note: str = ""
+    way: list[list[list[float]]] = field(default_factory=list)
+    way_steps: list[int] = field(default_factory=list)
+    previews: list[int] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    began: float = 0.0
+    version: int = 0
+    _stage_began: float = 0.0
+    _pace: float = 0.0  # seconds for what costs as much as a forward
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
+
+    def told(self, message: dict[str, Any], now: float) -> None:
+        """Take in one message of the worker."""
+        if "stage" in message:
+            if message["stage"] != self.stage or message["done"] == 0:
+                self._stage_began = now
+            self.stage, self.done, self.total, self.note = (message[key] for key in ("stage", "done", "total", "note"))
+            if self.done and self.note != "from the cache" and self.stage in FORWARDS:
+                self._pace = (now - self._stage_began) / (self.done * self._forwards(self.stage))
+        else:
+            self.way.append(message["handles"])
+            self.way_steps.append(message["step"])
+            if message["preview"]:
+                self.previews.append(message["step"])
+            if len(self.way) > WAY_SHOWN:
+                del self.way[1:-1:2], self.way_steps[1:-1:2]
+        self.version += 1
+
+    def seconds_left(self) -> float | None:
+        """At the pace so far, if all steps are done; None while nothing is known."""
+        plan = list(self.stages())
+        names = [name for name, _ in plan]
+        if not self._pace or self.stage not in names:
+            return None
+        here = names.index(self.stage)
+        forwards = (self.total - self.done) * self._forwards(self.stage)
+        return self._pace * (forwards + sum(steps * self._forwards(name) for name, steps in plan[here + 1 :]))
+
+    def stages(self) -> Sequence[tuple[str, int]]:
+        """The stages that take time, with their steps at most."""
+        config, steps = self.config, round(self.config.ddim.steps * self.config.ddim.strength)
+        generate = [("generate", config.ddim.steps)]
+        if self.kind == "generate":
+            return generate
+        lora = [("LoRA", config.lora.steps)] if config.lora.steps and not config.lora.path else []
+        start = generate if config.generate.enabled else [*lora, ("inversion", steps)]
+        return [*start, ("drag", config.drag.steps), ("denoise", steps)]
+
+    def _forwards(self, stage: str) -> float:
+        return FORWARDS[stage] * (self.config.lora.batch_size if stage == "LoRA" else 1)
+
+    def as_json(self, ahead: int) -> dict[str, Any]:
+        """What the page shows of it.
+
+        Args:
+            ahead: runs that come first.
+        """
+        left = self.seconds_left() if self.status == "running" else None
+        keys = ("id", "kind", "status", "message", "stage", "done", "total", "note", "way", "previews", "facts")
+        return {key: getattr(self, key) for key in keys} | {
+            "waySteps": self.way_steps,
+            "request": self.request,
+            "ahead": ahead,
+            "secondsLeft": left if left is None else round(left, 1),
+            "size": [self.sample.width, self.sample.height] if self.sample else None,
+        }
+
+
+class Queue:
+    """First come, first served, by one worker process, which is started again should it end."""
+
+    def __init__(self, *, threads: int = 0, minutes: float = 0.0) -> None:
+        self.threads, self.minutes = threads, minutes
+        self._changed = threading.Condition()
+        self._waiting: list[Run] = []
+        self._running: Run | None = None
+        self._load: Config | None = None
+        self._closed = False
+        self._context = multiprocessing.get_context("spawn")
+        self._cancel, self._finish = self._context.Event(), self._context.Event()
+        self._process: Any = None
+        self._connection: Any = None
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def start(self, load: Config | None = None) -> None:
+        """Begin to serve; the model of a config is loaded before the first run comes."""
+        self._load = load
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the worker; what waits is not done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._process is not None:
+            self._process.kill()
+        self._thread.join(5)
+
+    def add(self, run: Run, *, most: int, most_each: int) -> None:
+        """
+        Raises:
+            UserError: too many wait.
+        """
+        with self._changed:
+            if sum(other.cache == run.cache for other in self._waiting) >= most_each:
+                raise UserError(f"{most_each} of your runs are waiting: let one begin, or cancel one")
+            if len(self._waiting) >= most:
+                raise UserError(f"{most} runs are waiting: try again later")
+            self._waiting.append(run)
+            self._changed.notify_all()
+
+    def ahead(self, run: Run) -> int:
+        """How many runs come before this one, that in hand included."""
+        with self._changed:
+            if run not in self._waiting:
+                return 0
+            return self._waiting.index(run) + (self._running is not None)
+
+    def cancel(self, run: Run) -> None:
+        """Take it out of the queue, or end it within one step."""
+        with self._changed:
+            if run in self._waiting:
+                self._waiting.remove(run)
+                run.status = "cancelled"
+                run.version += 1
+            elif run is self._running:
+                self._cancel.set()
+
+    def finish(self, run: Run) -> None:
+        """End its drag and denoise what there is."""
+        with self._changed:
+            if run is self._running:
+                self._finish.set()
+
+    # ------------------------------------------------------------------------------- the serving thread
+
+    def _serve(self) -> None:
+        if self._load is not None:
+            self._do(Task("load", self._load), None)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                run = self._running = self._waiting.pop(0)
+                self._cancel.clear()
+                self._finish.clear()
+                run.status, run.began = "running", time.monotonic()
+                run.version += 1
+            outcome = self._do(Task(run.kind, run.config, run.sample, run.folder, run.cache, self.minutes), run)
+            with self._changed:
+                self._running = None
+                run.facts = {key: value for key, value in outcome.items() if key not in ("status", "message")}
+                run.message, run.status = outcome.get("message", ""), outcome["status"]
+                run.version += 1
+
+    def _do(self, task: Task, run: Run | None) -> dict[str, Any]:
+        try:
+            self._ensure_worker()
+            self._connection.send(task)
+            while True:
+                message = self._connection.recv()
+                if "status" in message:
+                    return message
+                if run is not None:
+                    run.told(message, time.monotonic())
+        except (EOFError, OSError):
+            if self._process is not None:
+                self._process.join(5)
+            code = None if self._process is None else self._process.exitcode
+            self._process = None
+            return {"status": "failed", "message": DIED.format(f"exit code {code}")}
+
+    def _ensure_worker(self) -> None:
+        if self._process is not None and self._process.is_alive():
+            return
+        self._connection, theirs = self._context.Pipe()
+        arguments = (theirs, self._cancel, self._finish, self.threads)
+        self._process = self._context.Process(target=work, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()

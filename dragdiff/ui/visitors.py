@@ -1,0 +1,123 @@
+"""Who is who on the web page: each visitor has their own pictures and runs, in a folder that goes with them."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dragdiff.errors import UserError
+from dragdiff.ui.runs import Run
+
+PICTURES_EACH = 20  # opened pictures of a visitor that are kept; runs have copies of theirs
+MOST_VISITORS = 1000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a visitor has opened or generated.
+
+    Attributes:
+        name: of results made from it.
+        file: PNG, RGB.
+        generated: the settings that made it, by key, with the prompt; None for a real one.
+    """
+
+    id: str
+    name: str
+    file: Path
+    width: int
+    height: int
+    generated: dict[str, Any] | None = None
+
+
+@dataclass
+class Visitor:
+    """Somebody's browser."""
+
+    folder: Path
+    seen: float
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def add_picture(self, pixels: np.ndarray, name: str, generated: dict[str, Any] | None = None) -> Picture:
+        """Keep a picture (H, W, 3) uint8 as PNG; the oldest goes where there are too many."""
+        id = secrets.token_urlsafe(9)
+        file = self.folder / "pictures" / f"{id}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+        picture = self.pictures[id] = Picture(id, name, file, pixels.shape[1], pixels.shape[0], generated)
+        while len(self.pictures) > PICTURES_EACH:
+            self.pictures.pop(next(iter(self.pictures))).file.unlink(missing_ok=True)
+        return picture
+
+    def picture(self, id: Any) -> Picture:
+        """
+        Raises:
+            UserError: there is none of that id among this visitor's.
+        """
+        if not isinstance(id, str) or id not in self.pictures:
+            raise UserError("this picture is not here any more: open it again")
+        return self.pictures[id]
+
+    def run(self, id: str) -> Run:
+        """
+        Raises:
+            UserError: as `picture`.
+        """
+        if id not in self.runs:
+            raise UserError("this run is not here any more")
+        return self.runs[id]
+
+    def new_folder(self) -> Path:
+        """For a run."""
+        folder = self.folder / "runs" / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        return folder
+
+    def remove_run(self, run: Run) -> None:
+        self.runs.pop(run.id, None)
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+
+class Visitors:
+    """All of them, by the secret in their cookie."""
+
+    def __init__(self, folder: Path, keep_seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.folder, self.keep_seconds, self.clock = folder, keep_seconds, clock
+        self._visitors: dict[str, Visitor] = {}
+
+    def get(self, secret: str) -> Visitor | None:
+        """The visitor of a cookie, who is now seen."""
+        visitor = self._visitors.get(secret)
+        if visitor:
+            visitor.seen = self.clock()
+        return visitor
+
+    def new(self) -> tuple[str, Visitor]:
+        """A new visitor with their secret; where there are very many, the one not seen for longest goes."""
+        if len(self._visitors) >= MOST_VISITORS:
+            self._remove(min(self._visitors, key=lambda secret: self._visitors[secret].seen))
+        secret = secrets.token_urlsafe(24)
+        visitor = self._visitors[secret] = Visitor(self.folder / secrets.token_hex(8), self.clock())
+        return secret, visitor
+
+    def forget_the_gone(self) -> None:
+        """Delete all that belongs to those who have not been seen for so long."""
+        for secret, visitor in list(self._visitors.items()):
+            busy = any(not run.ended for run in visitor.runs.values())
+            if not busy and self.clock() - visitor.seen > self.keep_seconds:
+                self._remove(secret)
+
+    def _remove(self, secret: str) -> None:
+        shutil.rmtree(self._visitors.pop(secret).folder, ignore_errors=True)
+
+    def __iter__(self) -> Iterator[Visitor]:
+        return iter(list(self._visitors.values()))

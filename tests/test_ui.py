@@ -1,0 +1,358 @@
+"""The web page: its server under bad input, and the whole of it in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from dragdiff.config import UIConfig, load_ui
+from dragdiff.data import readers
+from dragdiff.errors import UserError
+from dragdiff.ui.app import make_app
+from dragdiff.ui.form import Form
+from dragdiff.ui.runs import Run
+from dragdiff.ui.visitors import Visitors
+
+CHROMIUM = shutil.which("chromium")
+SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(autouse=True)
+def _pixel_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # the server sets its own
+
+
+@pytest.fixture
+def app(tmp_path):
+    """Its queue is not started: runs wait."""
+    return make_app(UIConfig(max_upload_mb=0.5, max_megapixels=0.1), tmp_path / "ui")
+
+
+@pytest.fixture
+def client(app) -> TestClient:
+    return visitor(app)
+
+
+def visitor(app) -> TestClient:
+    client = TestClient(app, base_url="http://127.0.0.1")
+    assert client.get("/").status_code == 200
+    return client
+
+
+def png(width=64, height=48) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def opened(client: TestClient, content: bytes, name="cat.png"):
+    return client.post("/api/open", files={"file": (name, content)})
+
+
+def edit(client: TestClient, **changes):
+    picture = opened(client, png()).json()["picture"]["id"]
+    return {"model": "embedded", "picture": picture, "prompt": "a", "points": [[[3, 4], [30, 20]]]} | changes
+
+
+def test_what_a_visitor_may_set_is_what_the_dataclasses_say_and_nothing_of_the_machine():
+    form = Form(UIConfig())
+    keys = {field["key"] for field in form.describe()}
+    assert {"drag.lr", "drag.features", "lora.steps", "control.start_layer", "model.vae", "seed"} <= keys
+    assert not keys & {"model.path", "lora.path", "output.folder", "cache.folder", "sample", "logger.kind", "prompt"}
+    assert "lora.path" in {field["key"] for field in Form(UIConfig(loras=["a"])).describe()}
+    assert form.values("embedded", "")["drag.lr"] == 0.05 and form.values("sd15", "")["data.max_size"] == 512
+    assert set(form.presets) >= {"reference", "debug"} and "sd15" not in form.presets
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model.path", "/etc", "can't be set"),
+        ("lora.path", "../../secret", "can't be set"),
+        ("output.folder", "/tmp/x", "can't be set"),
+        ("model.vae", "/etc/passwd", "choose one"),
+        ("drag.lr", -1, "must be > 0"),
+        ("drag.steps", "many", "whole number"),
+        ("generate.width", 10**6, "pixels"),
+    ],
+)
+def test_settings_that_are_not_a_visitors_are_refused(client, key, value, words):
+    answer = client.post("/api/runs", json=edit(client, settings={key: value}))
+    assert answer.status_code == 400 and words in answer.json()["error"]
+
+
+def test_a_text_of_a_visitors_is_never_a_reference_to_the_environment(monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    text = "${oc.env:SECRET}"
+    settings = {"generate.negative_prompt": text, "drag.features": [text]}
+    config = Form(UIConfig()).config({"model": "embedded", "settings": settings}, prompt=text)
+    assert (config.generate.negative_prompt, config.prompt, config.drag.features) == (text, text, [text])
+
+
+def test_uploads_are_limited_and_encoded_anew(client):
+    answer = opened(client, png()).json()["picture"]
+    assert (answer["width"], answer["height"], answer["name"]) == (64, 48, "cat")
+    assert client.get(f"/api/pictures/{answer['id']}").headers["content-type"] == "image/png"
+    assert "not an image" in opened(client, b"<script>alert(1)</script>").json()["error"]
+    assert "pixels" in opened(client, png(400, 300)).json()["error"]
+    assert opened(client, bytes(2**20)).status_code == 413
+    named = opened(client, png(), "../../../etc/<b>.png").json()["picture"]["name"]
+    assert re.fullmatch(r"[\w.-]+", named)
+    assert "16 px" in client.post("/api/runs", json=edit(client, picture=opened(client, png(8, 8)).json()["picture"]["id"])).json()["error"]  # fmt: skip # noqa: E501
+
+
+def test_hostile_zips_are_refused(client, tmp_path):
+    def zipped(files):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return buffer.getvalue()
+
+    assert "no sample" in opened(client, zipped({"../../evil.txt": b"x"}), "a.zip").json()["error"]
+    bomb = zipped({"a/edit.json": b"{}", "a/image.png": bytes(20 * 2**20)})
+    assert "larger" in opened(client, bomb, "a.zip").json()["error"]
+    climbing = zipped({"../../../edit.json": b"{}", "../../../image.png": png()})
+    assert "has no prompt" in opened(client, climbing, "a.zip").json()["error"]
+    assert str(tmp_path) not in opened(client, climbing, "a.zip").text
+    evil = zipped({"s/meta_data.pkl": b"cos\nsystem\n(S'touch /tmp/x'\ntR.", "s/original_image.png": png()})
+    assert "refused" in opened(client, evil, "s.zip").json()["error"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "dragbench"])
+def test_an_edit_that_is_saved_and_opened_again_is_the_same(client, kind):
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:20, 30:50] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    body = edit(client, mask=url, format=kind)
+    again = opened(client, client.post("/api/export", json=body).content, "cat.zip").json()
+    assert again["points"] == body["points"] and again["prompt"] == "a" and again["picture"]["name"] == "cat"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(again["mask"].split(",")[1])))), mask)
+    pictures = [client.get(f"/api/pictures/{id}").content for id in (body["picture"], again["picture"]["id"])]
+    assert pictures[0] == pictures[1]
+
+
+def test_nobody_sees_what_is_another_visitors(app, client):
+    body = edit(client)
+    run = client.post("/api/runs", json=body).json()["id"]
+    assert client.get(f"/api/runs/{run}/source.png").status_code == 200
+    other = visitor(app)
+    assert other.get(f"/api/pictures/{body['picture']}").status_code == 400
+    assert other.get(f"/api/runs/{run}/source.png").status_code == 400
+    assert other.post(f"/api/runs/{run}/cancel", json={}).status_code == 400
+    assert "open it again" in other.post("/api/runs", json=body).json()["error"]
+    stranger = TestClient(app, base_url="http://127.0.0.1")
+    assert stranger.get("/api/start").status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/static/../app.py", "/static/%2e%2e/app.py", "/api/runs/x/..%2f..%2fedited.png"])
+def test_no_path_leads_out_of_the_folders(client, path):
+    answer = client.get(path)
+    assert answer.status_code in (400, 404) and "import" not in answer.text
+    assert "no sample" in client.post("/api/open", json={"sample": "../../etc"}).json()["error"]
+
+
+def test_runs_wait_in_order_and_not_without_end(app, client):
+    page, other = app.state.page, visitor(app)
+    first, second = (c.post("/api/runs", json=edit(c)).json()["id"] for c in (client, other))
+    queued = {run.id: run for one in page.visitors for run in one.runs.values()}
+    assert [page.queue.ahead(queued[id]) for id in (first, second)] == [0, 1]
+    for _ in range(4):
+        assert client.post("/api/runs", json=edit(client)).status_code == 200
+    assert "5 of your runs" in client.post("/api/runs", json=edit(client)).json()["error"]
+    client.post(f"/api/runs/{first}/cancel", json={})
+    assert queued[first].status == "cancelled" and page.queue.ahead(queued[second]) == 0
+
+
+def test_other_pages_and_names_are_refused(app, client):
+    assert client.post("/api/runs", json={}, headers={"Origin": "http://evil.example"}).status_code == 403
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
+    assert client.put("/api/runs").status_code == 405
+    assert client.post("/api/runs", content=b"[1]").status_code == 400
+    headers = client.get("/").headers
+    assert "default-src 'self'" in headers["content-security-policy"]
+
+
+def test_open_to_others_it_wants_the_token(tmp_path):
+    app = make_app(UIConfig(host="0.0.0.0", token="right"), tmp_path)
+    client = TestClient(app, base_url="http://box:7860")
+    assert client.get("/").status_code == client.get("/?token=wrong").status_code == 401
+    assert client.get("/api/start").status_code == 401
+    assert client.get("/?token=right").status_code == 200  # after a redirect, by the cookie
+    assert client.get("/api/start").status_code == 200
+
+
+def test_the_gone_take_their_pictures_with_them(tmp_path):
+    now = [0.0]
+    visitors = Visitors(tmp_path, 10, clock=lambda: now[0])
+    secret, somebody = visitors.new()
+    file = somebody.add_picture(np.zeros((16, 16, 3), np.uint8), "a").file
+    for _ in range(25):
+        somebody.add_picture(np.zeros((16, 16, 3), np.uint8), "b")
+    assert not file.exists() and len(list(file.parent.iterdir())) == 20
+    now[0] = 9
+    assert visitors.get(secret) is somebody
+    now[0] = 18
+    visitors.forget_the_gone()
+    assert somebody.folder.exists()
+    now[0] = 20
+    visitors.forget_the_gone()
+    assert not somebody.folder.exists() and visitors.get(secret) is None
+
+
+def test_time_left_is_what_the_steps_to_come_cost_at_the_pace_so_far(tmp_path):
+    config = Form(UIConfig()).config({"model": "embedded"})
+    run = Run("edit", config, {}, tmp_path, tmp_path)
+    assert run.seconds_left() is None
+    run.told({"stage": "inversion", "done": 0, "total": 35, "note": ""}, 0.0)
+    run.told({"stage": "inversion", "done": 5, "total": 35, "note": ""}, 5.0)
+    assert run.seconds_left() == pytest.approx(30 + 80 * 2.2 + 35 * 2.05)
+    for step in range(1000):
+        run.told({"step": step, "handles": [[step, 0]], "preview": False}, 6.0)
+    assert len(run.way) == len(run.way_steps) <= 400 and run.way[0] == [[0, 0]] and run.way[-1] == [[999, 0]]
+
+
+def test_mistakes_at_the_start_are_said(tmp_path):
+    assert load_ui([], ["port=0"]).port == 0
+    for override in ("models=[]", "port=99999", "modles=[a]"):
+        with pytest.raises(UserError):
+            load_ui([], [override])
+    with pytest.raises(UserError, match="no config file"):
+        make_app(UIConfig(models=["nothing"]), tmp_path)
+    with pytest.raises(UserError, match="not a folder"):
+        make_app(UIConfig(samples=["/nowhere"]), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def page_address() -> Iterator[str]:
+    if CHROMIUM is None:
+        pytest.skip("NOT RUN: there is no chromium on this machine (Debian: apt-get install chromium)")
+    command = [sys.executable, "-m", "dragdiff.ui", "port=0", "models=[embedded]", "threads=1", "max_upload_mb=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as run:
+        assert run.stdout is not None
+        try:
+            found = re.search(r"http://\S+", run.stdout.readline())
+            assert found
+            yield found[0]
+        finally:
+            run.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("NOT RUN: there is no chromium on this machine (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+
+
+def at(page, x, y):
+    """Where a px of the 64 x 64 px example is on the screen."""
+    box = page.locator("#canvas").bounding_box()
+    scale = (min(box["width"], box["height"]) - 24) / 64
+    return box["x"] + box["width"] / 2 + (x + 0.5 - 32) * scale, box["y"] + box["height"] / 2 + (y + 0.5 - 32) * scale
+
+
+@pytest.mark.slow
+def test_the_first_drag_is_two_clicks_and_a_button_and_others_wait(page_address, browser):
+    from playwright.sync_api import expect
+
+    errors: list[str] = []
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(page_address)
+    expect(page.locator("#hint")).to_contain_text("Click the part", timeout=30000)
+    expect(page.locator("#drag")).to_be_disabled()
+    page.mouse.click(*at(page, 16, 13))
+    expect(page.locator("#hint")).to_contain_text("where it should go")
+    page.mouse.click(*at(page, 28, 17))
+    values = [field.input_value() for field in page.locator("#pairs input").all()]
+    assert values == ["16", "13", "28", "17"]
+    page.click("#undo")
+    expect(page.locator("#pairs li")).to_have_count(0)
+    page.click("#redo")
+    expect(page.locator("#pairs li")).to_have_count(1)
+    page.click("#drag")
+
+    other = browser.new_context(viewport={"width": 400, "height": 850}).new_page()
+    other.goto(page_address)
+    expect(other.locator("#hint")).to_contain_text("Click the part", timeout=30000)
+    assert other.evaluate("() => document.documentElement.scrollWidth") <= 400
+    other.select_option("#samples", "example:tower")
+    expect(other.locator("#pairs li")).to_have_count(1)
+    other.click("#drag")
+    expect(other.locator("#state")).to_contain_text("1 run before", timeout=30000)
+    other.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"not a picture"})
+    expect(other.locator("#error")).to_contain_text("not an image")
+    other.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": bytes(2**21)})
+    expect(other.locator("#error")).to_contain_text("larger than 1 MB")
+
+    expect(page.locator("#state")).to_contain_text(re.compile("^drag: step"), timeout=120000)
+    expect(page.locator("#live")).to_be_visible(timeout=30000)
+    page.reload()  # the run goes on, and the page finds it again
+    expect(page.locator("#state")).to_contain_text(re.compile("^(drag|denoise): step|^Done"), timeout=30000)
+    expect(page.locator("#state")).to_contain_text("all handles arrived", timeout=120000)
+    expect(page.locator("#result .slider img").first).to_be_visible()
+    page.click("#tab-compare")
+    page.click("#history button:text('Compare')")
+    page.select_option("#view select[aria-label=View]", "Difference")
+    expect(page.locator("#view .difference")).to_be_visible()
+    expect(page.locator("#history li")).to_have_count(1)  # not the other's
+
+    expect(other.locator("#state")).to_contain_text(re.compile("^drag: step"), timeout=120000)
+    began = time.monotonic()
+    other.click("#cancel")
+    expect(other.locator("#state")).to_contain_text("Cancelled", timeout=10000)
+    assert time.monotonic() - began < 5
+    assert errors == []
+
+
+@pytest.mark.slow
+def test_what_is_downloaded_repeats_the_run(page_address, browser, tmp_path):
+    from playwright.sync_api import expect
+
+    from dragdiff.cli import main_edit
+
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.goto(page_address)
+    expect(page.locator("#hint")).to_contain_text("Click the part", timeout=30000)
+    page.select_option("#samples", "example:tower")
+    expect(page.locator("#pairs li")).to_have_count(1)
+    page.click("#settings summary")
+    page.fill("[id='field-drag.steps']", "3")
+    page.locator("[id='field-drag.steps']").blur()
+    page.click("#command summary")
+    expect(page.locator("#line")).to_contain_text("python edit.py configs/embedded.yaml sample=tower drag.steps=3")
+    page.click("#drag")
+    expect(page.locator("#state")).to_contain_text("Done: 3 steps", timeout=120000)
+    with page.expect_download() as download:
+        page.click("#result a")
+    with zipfile.ZipFile(download.value.path()) as archive:
+        archive.extractall(tmp_path)
+    shown = np.asarray(Image.open(tmp_path / "tower" / "edited.png"))
+    assert readers.read_sample(tmp_path / "tower").points.shape == (1, 2, 2)
+    assert main_edit(["embedded", f"sample={tmp_path / 'tower'}", "drag.steps=3", f"output.folder={tmp_path}/o"]) == 0
+    again = np.asarray(Image.open(tmp_path / "o" / "tower" / "edited.png"))
+    assert np.abs(shown.astype(int) - again).max() <= 1
+    assert json.loads((tmp_path / "tower" / "metrics.json").read_text())["steps"] == 3
