@@ -879,3 +879,14 @@ def test_pickles_are_bounded_in_size(tmp_path, monkeypatch):
 def test_reading_does_not_import_torch():
     code = "import sys, dragdiff.data.readers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_a_pickle_that_copies_one_text_many_times_is_refused(tmp_path):
+    """It would take many times its own size in memory."""
+    text = b"X" + (2**16).to_bytes(4, "little") + b"a" * 2**16 + b"q\x00X\x06\x00\x00\x00latin1q\x01"
+    call = b"c_codecs\nencode\nh\x00h\x01\x86R"
+    file = tmp_path / "meta_data.pkl"
+    file.write_bytes(b"\x80\x02](" + text + call * 100 + b"e.")
+    assert "copies more" in message(load_pickle, file)
+    file.write_bytes(b"\x80\x02](" + text + call + b"e.")
+    assert load_pickle(file)[2] == b"a" * 2**16

@@ -21,6 +21,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +41,16 @@ _INSTRUCTIONS = (
     | {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
     | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"}
 )
+
+
+_left: ContextVar[int] = ContextVar("left")  # bytes that the calls of a pickle may still copy
+
+
+def _spend(count: int) -> None:
+    left = _left.get() - count
+    if left < 0:
+        raise pickle.UnpicklingError("it copies more than it holds")
+    _left.set(left)
 
 
 class PickledArray:
@@ -71,6 +82,7 @@ def load_pickle(path: str | os.PathLike[str]) -> object:
         if len(data) > MAX_BYTES:
             raise pickle.UnpicklingError(f"it is larger than {MAX_BYTES // 2**20} MiB")
         _check_instructions(data)
+        _left.set(2 * len(data))
         return _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # damaged or hostile data make unpickling raise nearly anything
         reason = one_line(error)
@@ -170,6 +182,7 @@ def _array(data: Any, dtype: Any, shape: Any, order: Any) -> NDArray:
         raise pickle.UnpicklingError("it holds an array of an impossible shape")
     if math.prod(shape) * dtype.numpy.itemsize != len(data):
         raise pickle.UnpicklingError("it holds an array of another size than its data")
+    _spend(len(data))
     return np.frombuffer(bytes(data), dtype.numpy).reshape(shape, order=order)
 
 
@@ -195,6 +208,7 @@ def _encode(text: str, encoding: str) -> bytes:
     """How protocol 2 writes bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError("it encodes a text otherwise than as latin1")
+    _spend(len(text))
     return text.encode("latin1")
 
 
