@@ -44,7 +44,6 @@ class Run:
     way_steps: list[int] = field(default_factory=list)
     previews: list[int] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    began: float = 0.0
     version: int = 0
     _stage_began: float = 0.0
     _pace: float = 0.0  # seconds for what costs as much as a forward
@@ -189,7 +188,7 @@ class Queue:
                 run = self._running = self._waiting.pop(0)
                 self._cancel.clear()
                 self._finish.clear()
-                run.status, run.began = "running", time.monotonic()
+                run.status = "running"
                 run.version += 1
             outcome = self._do(Task(run.kind, run.config, run.sample, run.folder, run.cache, self.minutes), run)
             with self._changed:
