@@ -65,29 +65,25 @@ class StageCache:
         """
         self.folder = folder
 
-    def get(
-        self,
-        key: str,
-        *,
-        make: Callable[[], Any],
-        save: Callable[[Any, Path], Any],
-        load: Callable[[Path], Any],
-    ) -> Any:
-        """The entry of that key, loaded; or what `make` gives, saved for the next time.
+    def find(self, key: str, *, load: Callable[[Path], Any]) -> Any:
+        """The entry of that key, loaded; None if there is none, or none that can be loaded."""
+        if self.folder is None or not (entry := self.folder / key).is_dir():
+            return None
+        try:
+            return load(entry)
+        except UserError as error:
+            warnings.warn(f"cache entry {entry} is broken and is made again: {error}", stacklevel=2)
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
 
-        An entry that can't be loaded is made again.
-        """
-        if self.folder is None:
-            return make()
-        entry = self.folder / key
-        if entry.is_dir():
-            try:
-                return load(entry)
-            except UserError as error:
-                warnings.warn(f"cache entry {entry} is broken and is made again: {error}", stacklevel=2)
-                shutil.rmtree(entry, ignore_errors=True)
-        value = make()
-        self.put(key, value, save=save)
+    def get(
+        self, key: str, *, make: Callable[[], Any], save: Callable[[Any, Path], Any], load: Callable[[Path], Any]
+    ) -> Any:
+        """The entry of that key, loaded; or what `make` gives, saved for the next time."""
+        value = self.find(key, load=load)
+        if value is None:
+            value = make()
+            self.put(key, value, save=save)
         return value
 
     def put(self, key: str, value: Any, *, save: Callable[[Any, Path], Any]) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ from torch import Tensor
 from dragdiff import cache, output
 from dragdiff.callbacks import Frames, PointTracking, Progress, Spectator, Trajectory, Watch
 from dragdiff.callbacks.checkpoint import LoRACheckpoint, LoRASnapshots
-from dragdiff.config import Config, ModelConfig, check, load_config
+from dragdiff.config import Config, DragConfig, ModelConfig, check, load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
 from dragdiff.loggers import log_result, open_logger
-from dragdiff.models.drag import LatentDrag, MaskTerm
-from dragdiff.models.lora import LoRAFinetune, check_resume, crops, seeded_noise
-from dragdiff.models.trainer import fit
+from dragdiff.models.drag import Drag, LatentDrag, MaskTerm
+from dragdiff.models.lora import Lesson, LoRAFinetune, check_resume, crops, seeded_noise
+from dragdiff.models.trainer import Each, Recording, fit
 from dragdiff.modules import attention, ddim, lora, motion, points, tracking
 from dragdiff.modules.backbone import Backbone, feature_block, freeu, self_attention_layers
-from dragdiff.modules.features import FeatureMap, combine_guidance, forward_with_features
+from dragdiff.modules.denoiser import Denoiser
+from dragdiff.modules.features import FeatureMap
 from dragdiff.modules.images import to_tensor, to_uint8
 from dragdiff.modules.loading import load_backbone, resolve_autocast, skeleton
 
@@ -50,7 +51,7 @@ class EditResult:
         steps: latent updates done.
         stop_reason: "reached", "steps", or a sentence about divergence.
         frames: (step, preview (h, w, 3) uint8, handles (N, 2) as (x, y) in image px).
-        seconds: wall time of each stage.
+        seconds: wall time of each stage; of a batch, its edits' share.
         peak_memory_mb: of the process (CPU) or of the device's allocator (CUDA).
         config: the resolved settings.
     """
@@ -74,6 +75,45 @@ class EditResult:
     def distance_after(self) -> np.ndarray:
         """(N,) px from each handle, as tracked at the end, to its target."""
         return np.linalg.norm(self.sample.targets - self.trajectory[-1], axis=1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One edit of a batch; all but `drag` as for `Editor.edit`.
+
+    Attributes:
+        drag: in place of the editor's, with the same `features`; None = the editor's.
+    """
+
+    sample: EditSample
+    drag: DragConfig | None = None
+    folder: Path | None = None
+    logger: Logger | None = None
+    callbacks: Sequence[L.Callback] = ()
+    watch: Watch | None = None
+
+
+@dataclass(eq=False)
+class _Edit:
+    """An edit on its way through the stages.
+
+    Attributes:
+        number: of its request.
+        picture: number of its source picture, which other edits of the batch may share.
+        sample, working: as asked for, and at the size that is worked on.
+        keep: (1, 1, h, w), 1 where the latent may not change; None without a mask.
+    """
+
+    number: int
+    picture: int
+    request: Request
+    sample: EditSample
+    working: EditSample
+    settings: DragConfig
+    keep: Tensor | None
+    trajectory: Trajectory = dataclasses.field(default_factory=Trajectory)
+    frames: Frames | None = None
+    drag: Drag | None = None
 
 
 class Editor:
@@ -144,47 +184,60 @@ class Editor:
         Raises:
             UserError: the sample does not fit the settings.
         """
+        (result,) = self.edit_batch([Request(sample, None, folder, logger, callbacks, watch)])
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def edit_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
+        """Drag several samples at once: their LoRAs are trained in one batch, their latents dragged in one.
+
+        Results are those of `edit` but for rounding. (Under fp16 autocast an overflow in one holds all back for that
+        step.) The samples' pictures may be the same, then they share what depends on nothing else.
+
+        Args:
+            requests: whose pictures have latents of one size, see `size_class`.
+
+        Returns:
+            For each request its result, or what is wrong with it; the others are not affected.
+
+        Raises:
+            UserError: the requests don't fit into one batch.
+        """
         self.seconds = {}
         if self.backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.backbone.device)
+        self._check_batch(requests)
         scheduler = self._scheduler()
-        generated: list[Tensor] = []
+        path: list[Tensor] = []
+        samples = [request.sample for request in requests]
         if self.config.generate.enabled:
-            picture, generated, scheduler = self._generate(sample.prompt)
-            sample = working = dataclasses.replace(sample, image=picture)
-        else:
-            working = sample.resized(self.config.data.max_size)
-        keep = self._keep(working)
-        adapter = self._named_lora() if self.config.generate.enabled else self.finetune(working, logger=logger)
-        with self._frozen(), lora.merged(self.backbone.network, adapter), self._freeu():
-            embeddings = self._embeddings(sample.prompt)
-            if self.config.generate.enabled:
-                source = generated[len(generated) - 1 - self.drag_steps_of_schedule]
+            prompts = list(dict.fromkeys(sample.prompt for sample in samples))
+            generated, path, scheduler = self._generate(prompts)
+            samples = [dataclasses.replace(s, image=generated[prompts.index(s.prompt)]) for s in samples]
+        outcomes: dict[int, EditResult | UserError] = {}
+        edits, pictures = self._begin(requests, samples, outcomes)
+        adapters = self._adapters(pictures, edits, outcomes)
+        with self._frozen(), self._adapted(adapters) as rows, self._freeu():
+            embeddings = self._embeddings([picture.prompt for picture in pictures])
+            denoiser = Denoiser(self.backbone, embeddings, guidance=self._guidance, adapters=rows)
+            inputs = self._inputs_of_each(adapters, rows)
+            if path:
+                sources = path[len(path) - 1 - self.drag_steps_of_schedule]
             else:
-                source = self._invert(working, embeddings)
-            if not torch.isfinite(source).all():
-                raise UserError(
-                    f"the latent at the drag's timestep is not finite: with model.dtype={self.config.model.dtype} and "
-                    f"autocast {self.autocast} the model overflows; use model.dtype=fp32 model.autocast=none"
-                )
-            drag, trajectory, frames = self._drag(
-                sample, working, source, embeddings, keep, folder, logger, callbacks, watch
-            )
-            image = self._denoise(sample, source, drag.latent.detach(), embeddings, scheduler)
-        if not trajectory.positions:
-            trajectory.positions.append(drag.handles)
-        to_px = {"image_size": sample.image.shape[:2], "grid": self._grid(working)}
-        return EditResult(
-            sample=sample,
-            image=image,
-            trajectory=self._way(trajectory.positions, sample, working),
-            steps=drag.steps_done,
-            stop_reason=drag.stop_reason or "steps",
-            frames=[(step, picture, points.to_image(handles, **to_px).numpy()) for step, picture, handles in frames],
-            seconds=dict(self.seconds),
-            peak_memory_mb=peak_memory_mb(self.backbone.device),
-            config=self.config,
-        )
+                sources = self._invert(pictures, denoiser, inputs)
+            edits = self._finite(edits, sources, outcomes)
+            self._drag(edits, sources, denoiser)
+            images = self._denoise(edits, sources, denoiser, scheduler, inputs)
+        for edit, image in zip(edits, images, strict=True):
+            outcomes[edit.number] = self._result(edit, image, len(edits))
+        return [outcomes[number] for number in range(len(requests))]
+
+    def size_class(self, sample: EditSample) -> points.Size:
+        """(h, w) of the sample's latent: edits with the same can be in one batch."""
+        generate = self.config.generate
+        size = (generate.height, generate.width) if generate.enabled else self._working(sample).image.shape[:2]
+        return self.backbone.latent_size(*size)
 
     def edit_and_save(self, sample: EditSample, folder: str | Path, **observers: Any) -> EditResult:
         """As `edit`; writes into the folder, and logs as `config.logger` says, all that the command does.
@@ -195,16 +248,37 @@ class Editor:
         Raises:
             UserError: as `edit`; also, before any work, where the folder can't be made.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
+        folder = _made(folder)
         with open_logger(self.config, name=folder.name, folder=folder) as logger:
             result = self.edit(sample, folder=folder, logger=logger, **observers)
-            output.save(result, folder)
-            log_result(logger, output.comparison(result), output.metrics(result))
+            self._save(result, folder, logger)
         return result
+
+    def edit_and_save_batch(
+        self, samples: Sequence[EditSample], folders: Sequence[str | Path]
+    ) -> list[EditResult | UserError]:
+        """As `edit_batch`; writes each into its folder, and logs as `config.logger` says.
+
+        Raises:
+            UserError: as `edit_batch`; also, before any work, where a folder can't be made.
+        """
+        places = [_made(folder) for folder in folders]
+        # W&B has one run at a time: each is opened when its edit is finished, and told what happened
+        loggers = [Recording() if self.config.logger.kind != "none" else None for _ in samples]
+        results = self.edit_batch(
+            [Request(s, folder=f, logger=log) for s, f, log in zip(samples, places, loggers, strict=True)]
+        )
+        for result, folder, recording in zip(results, places, loggers, strict=True):
+            if isinstance(result, EditResult):
+                with open_logger(result.config, name=folder.name, folder=folder) as logger:
+                    if recording is not None:
+                        recording.replay(logger)
+                    self._save(result, folder, logger)
+        return results
+
+    def _save(self, result: EditResult, folder: Path, logger: Logger | None) -> None:
+        output.save(result, folder)
+        log_result(logger, output.comparison(result), output.metrics(result))
 
     def finetune(
         self, sample: EditSample, *, folder: Path | None = None, logger: Logger | None = None
@@ -217,23 +291,22 @@ class Editor:
         Returns:
             None when `lora.steps` is 0 and no file is named.
         """
-        settings, sample = self.config.lora, sample.resized(self.config.data.max_size)
+        settings, sample = self.config.lora, self._working(sample)
         if settings.path:
             return self._named_lora()
         if settings.steps == 0:
             return None
         if settings.resume or (folder is not None and settings.save_every):
-            return self._train_lora(sample, folder, logger)
-        return self._loras.get(
-            self._lora_key(sample, settings.steps),
-            make=lambda: self._train_lora(sample, folder, logger),
-            save=lora.save,
-            load=self._cached_lora,
-        )
+            (trained,) = self._train_loras([sample], [logger], folder=folder)
+        else:
+            (trained,) = self._finetune([sample], [logger])
+        if isinstance(trained, UserError):
+            raise trained
+        return trained
 
     def share_lora(self, sample: EditSample, steps: Collection[int]) -> None:
         """Train the sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
-        sample = sample.resized(self.config.data.max_size)
+        sample = self._working(sample)
         missing = {count: key for count in steps if (key := self._lora_key(sample, count)) not in self._loras}
         if not missing or not self.config.cache.enabled:
             return
@@ -243,10 +316,9 @@ class Editor:
                 self._loras.put(missing[count], trained, save=lora.save)
 
         longest = dataclasses.replace(self.config.lora, steps=max(missing))
-        with suppress(UserError):  # that it diverged; whose steps are too many will say so
-            self.reconfigured(dataclasses.replace(self.config, lora=longest))._train_lora(
-                sample, None, None, snapshots=missing, keep=keep
-            )
+        self.reconfigured(dataclasses.replace(self.config, lora=longest))._train_loras(
+            [sample], [None], snapshots=missing, keep=keep
+        )
 
     def reconfigured(self, config: Config) -> Editor:
         """An editor with other settings, but the same model, `config.model` notwithstanding, and what it has in memory.
@@ -276,11 +348,11 @@ class Editor:
         Returns:
             ((H, W, 3) uint8, the latent before each step and the clean one).
         """
-        picture, path, _ = self._generate(prompt)
+        (picture,), path, _ = self._generate([prompt])
         return picture, path
 
-    def _generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor], Any]:
-        """As `generate`; also the scheduler as it was at the drag's step.
+    def _generate(self, prompts: Sequence[str]) -> tuple[list[np.ndarray], list[Tensor], Any]:
+        """As `generate`, of several prompts at once; also the scheduler as it was at the drag's step.
 
         A multistep solver (DPM++ 2M) remembers the step before. Denoising goes on with that memory, for the source and
         the edited row alike: without it the source would not come out as the picture that was generated.
@@ -292,7 +364,7 @@ class Editor:
         channels = self.backbone.latent_channels
         latent = (
             torch.randn((1, channels, *size), generator=generator).to(self.backbone.device) * scheduler.init_noise_sigma
-        )
+        ).repeat(len(prompts), 1, 1, 1)
         total = len(scheduler.timesteps)
         at_drag = copy.deepcopy(scheduler)
         adapted = lora.merged(self.backbone.network, self._named_lora())
@@ -304,10 +376,10 @@ class Editor:
                     at_drag = copy.deepcopy(scheduler)
                 advance(done, "")
 
-            predict = self._predictor(self._embeddings(prompt))
+            predict = Denoiser(self.backbone, self._embeddings(prompts), guidance=self._guidance)
             path = ddim.sample(predict, latent, scheduler=scheduler, start=0, report=step_done)
-            image = self._to_picture(path[-1], (settings.height, settings.width))
-        return image, path, at_drag
+            images = [self._to_picture(clean[None], (settings.height, settings.width)) for clean in path[-1]]
+        return images, path, at_drag
 
     # ------------------------------------------------------------------------------- stages
 
@@ -320,47 +392,106 @@ class Editor:
         self.report("LoRA", self.config.lora.steps, self.config.lora.steps, "from the cache")
         return cached
 
-    def _train_lora(
+    def _check_batch(self, requests: Sequence[Request]) -> None:
+        if not requests:
+            raise UserError("a batch needs at least one edit")
+        sizes = {self.size_class(request.sample) for request in requests}
+        if len(sizes) > 1:
+            raise UserError(f"the pictures of a batch need latents of one size, these have {sorted(sizes)}")
+        for settings in (request.drag for request in requests if request.drag is not None):
+            check_settings(dataclasses.replace(self.config, drag=settings))
+            if settings.features != self.config.drag.features:
+                raise UserError(
+                    f"drag.features is {settings.features}: the drags of a batch compare the same blocks, here "
+                    f"{self.config.drag.features}"
+                )
+
+    def _begin(
+        self, requests: Sequence[Request], samples: Sequence[EditSample], outcomes: dict[int, EditResult | UserError]
+    ) -> tuple[list[_Edit], list[EditSample]]:
+        """The edits that can begin, and their different source pictures at the working size."""
+        edits: list[_Edit] = []
+        pictures: dict[tuple[str, str], EditSample] = {}
+        for number, (request, sample) in enumerate(zip(requests, samples, strict=True)):
+            working = sample if self.config.generate.enabled else self._working(sample)
+            settings = request.drag or self.config.drag
+            try:
+                keep = self._keep(working, settings)
+            except UserError as error:
+                outcomes[number] = error
+                continue
+            key = (cache.digest(image=working.image), sample.prompt)
+            pictures.setdefault(key, working)
+            edits.append(_Edit(number, list(pictures).index(key), request, sample, working, settings, keep))
+        return edits, list(pictures.values())
+
+    def _adapters(
+        self, pictures: Sequence[EditSample], edits: list[_Edit], outcomes: dict[int, EditResult | UserError]
+    ) -> list[lora.LoRA | None]:
+        """The LoRA of each picture; the edits of one whose training diverged are ended."""
+        settings = self.config.lora
+        if settings.path or self.config.generate.enabled or settings.steps == 0 or not pictures:
+            return [self._named_lora()] * len(pictures)
+        if settings.resume:
+            return [self.finetune(picture) for picture in pictures]
+        # the losses go to the first edit of each picture
+        loggers = [next(e.request.logger for e in edits if e.picture == number) for number in range(len(pictures))]
+        adapters: list[lora.LoRA | None] = []
+        for number, trained in enumerate(self._finetune(pictures, loggers)):
+            failed = isinstance(trained, UserError)
+            adapters.append(None if failed else trained)  # type: ignore[arg-type]
+            for edit in [edit for edit in edits if failed and edit.picture == number]:
+                outcomes[edit.number] = trained  # type: ignore[assignment]
+                edits.remove(edit)
+        return adapters
+
+    def _finetune(self, samples: Sequence[EditSample], loggers: Sequence[Logger | None]) -> list[lora.LoRA | UserError]:
+        """Each sample's LoRA, from the cache or trained; those that are missing together."""
+        keys = [self._lora_key(sample, self.config.lora.steps) for sample in samples]
+        found: dict[str, lora.LoRA | UserError] = {}
+        for key in keys:
+            if key not in found and (cached := self._loras.find(key, load=self._cached_lora)) is not None:
+                found[key] = cached
+        missing = {key: number for number, key in enumerate(keys) if key not in found}
+        if missing:
+            numbers = list(missing.values())
+            trained = self._train_loras([samples[i] for i in numbers], [loggers[i] for i in numbers])
+            found |= dict(zip(missing, trained, strict=True))
+            for key in missing:
+                if isinstance(made := found[key], lora.LoRA):
+                    self._loras.put(key, made, save=lora.save)
+        return [found[key] for key in keys]
+
+    def _train_loras(
         self,
-        sample: EditSample,
-        folder: Path | None,
-        logger: Logger | None,
+        samples: Sequence[EditSample],
+        loggers: Sequence[Logger | None],
         *,
+        folder: Path | None = None,
         snapshots: Collection[int] = (),
         keep: Callable[[int, lora.LoRA], None] = lambda steps, trained: None,
-    ) -> lora.LoRA:
+    ) -> list[lora.LoRA | UserError]:
+        """Train a LoRA on each sample, all in one batch. The folder, snapshots and a resumed run are for one sample."""
         settings, backbone = self.config.lora, self.backbone
-        alpha = settings.alpha or float(settings.rank)
         scheduler = backbone.scheduler(self.config.ddim.steps)
-        inputs = self._lora_inputs(sample)
+        inputs = self._lora_inputs(samples[0])
         resume = Path(settings.resume).expanduser() if settings.resume else None
         if resume:
             check_resume(resume, settings=inputs, steps=settings.steps)
         with self._frozen(), self._stage("LoRA", settings.steps) as advance:
-            with torch.no_grad():
-                posterior, latent_shape, slack = crops(
-                    backbone, sample.image, resolution=settings.resolution, encode_each=settings.crop == "pixel"
-                )
-                embedding = backbone.embed([sample.prompt])
-            draw = seeded_noise(
-                seed=self.config.seed,
-                batch_size=settings.batch_size,
-                latent_shape=latent_shape,
-                slack=slack,
-                train_timesteps=len(scheduler.alphas_cumprod),
-            )
-            with lora.injected(
+            lessons = [self._lesson(sample, len(scheduler.alphas_cumprod)) for sample in samples]
+            with lora.trainable(
                 backbone.network,
                 backbone.lora_targets,
                 rank=settings.rank,
-                alpha=alpha,
+                alpha=settings.alpha or float(settings.rank),
                 seed=self.config.seed,
-            ):
+                pictures=len(samples),
+            ) as (weights, current):
                 module = LoRAFinetune(
                     backbone,
-                    posterior=posterior,
-                    embedding=embedding,
-                    draw=draw,
+                    weights,
+                    lessons,
                     lr=settings.lr,
                     weight_decay=settings.weight_decay,
                     scheduler=scheduler,
@@ -368,115 +499,168 @@ class Editor:
                 )
                 callbacks: list[L.Callback] = [
                     Progress(advance),
-                    LoRASnapshots(backbone.network, snapshots, keep, scale=alpha / settings.rank),
+                    LoRASnapshots(snapshots, lambda steps: keep(steps, current(0))),
                 ]
                 if folder is not None and settings.save_every:
-                    callbacks.append(
-                        LoRACheckpoint(backbone.network, folder, every=settings.save_every, scale=alpha / settings.rank)
-                    )
+                    callbacks.append(LoRACheckpoint(lambda: current(0), folder, every=settings.save_every))
                 fit(
                     module,
                     steps=settings.steps,
                     device=backbone.device,
                     autocast=self.autocast,
                     callbacks=callbacks,
-                    logger=logger,
+                    logger=_one_logger(loggers),
                     resume=resume,
                 )
-                trained = lora.extract(lora.parameters(backbone.network), scale=alpha / settings.rank)
-        if not _is_finite(trained):
-            raise UserError(f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}")
-        return trained
+                trained = [current(number) for number in range(len(samples))]
+        diverged = UserError(f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}")
+        return [one if _is_finite(one) else diverged for one in trained]
 
-    def _invert(self, sample: EditSample, embeddings: Tensor) -> Tensor:
-        """The picture's latent at the drag's timestep, by DDIM inversion, or from the cache."""
+    def _lesson(self, sample: EditSample, train_timesteps: int) -> Lesson:
+        """What the LoRA of a sample learns from."""
+        settings = self.config.lora
+        with torch.no_grad():
+            posterior, latent_shape, slack = crops(
+                self.backbone, sample.image, resolution=settings.resolution, encode_each=settings.crop == "pixel"
+            )
+            embedding = self.backbone.embed([sample.prompt])
+        draw = seeded_noise(
+            seed=self.config.seed,
+            batch_size=settings.batch_size,
+            latent_shape=latent_shape,
+            slack=slack,
+            train_timesteps=train_timesteps,
+        )
+        return Lesson(posterior, embedding, draw)
+
+    def _invert(self, pictures: Sequence[EditSample], denoiser: Denoiser, inputs: Sequence[dict[str, Any]]) -> Tensor:
+        """The pictures' latents (P, C, h, w) at the drag's timestep, by DDIM inversion, or from the cache."""
         steps = self.drag_steps_of_schedule
-
-        def compute() -> Tensor:
-            with self._stage("inversion", steps) as advance, torch.no_grad():
-                mean, _ = self.backbone.encode(to_tensor(sample.image).to(self.backbone.device))
-                path = ddim.invert(
-                    self._predictor(embeddings),
-                    mean,
-                    scheduler=self._scheduler(),
-                    steps=steps,
-                    report=lambda done: advance(done, ""),
-                )
-            return path[-1]
 
         def load(entry: Path) -> Tensor:
             latent = cache.load_tensor(entry).to(self.backbone.device)
             self.report("inversion", steps, steps, "from the cache")
             return latent
 
-        if not self.config.cache.enabled:
-            return compute()
-        key = self._model_inputs() | {  # the LoRA's part of it, too
-            "image": cache.digest(image=sample.image),
-            "prompt": sample.prompt,
-            "steps": [steps, self.config.ddim.steps],
-        }
-        return self._inversions.get(cache.digest(**key), make=compute, save=cache.save_tensor, load=load)
+        keys = [
+            cache.digest(
+                **own,  # the LoRA's part of it, too
+                image=cache.digest(image=picture.image),
+                prompt=picture.prompt,
+                steps=[steps, self.config.ddim.steps],
+            )
+            for picture, own in zip(pictures, inputs, strict=True)
+        ]
+        latents = {number: self._inversions.find(key, load=load) for number, key in enumerate(keys)}
+        missing = [number for number, latent in latents.items() if latent is None]
+        if missing:
+            with self._stage("inversion", steps) as advance, torch.no_grad():
+                # one by one: an autoencoder needs more memory than all the rest
+                clean = [
+                    self.backbone.encode(to_tensor(pictures[i].image).to(self.backbone.device))[0] for i in missing
+                ]
+                path = ddim.invert(
+                    lambda latent, t: denoiser(latent, t, missing),
+                    torch.cat(clean),
+                    scheduler=self._scheduler(),
+                    steps=steps,
+                    report=lambda done: advance(done, ""),
+                )
+            for number, latent in zip(missing, path[-1].split(1), strict=True):
+                self._inversions.put(keys[number], latent, save=cache.save_tensor)
+                latents[number] = latent
+        return torch.cat([latents[number] for number in range(len(pictures))])
 
-    def _drag(
-        self,
-        sample: EditSample,
-        working: EditSample,
-        source: Tensor,
-        embeddings: Tensor,
-        keep: Tensor | None,
-        folder: Path | None,
-        logger: Logger | None,
-        callbacks: Sequence[L.Callback],
-        watch: Watch | None,
-    ) -> tuple[LatentDrag, Trajectory, list[tuple[int, np.ndarray, Tensor]]]:
-        settings, backbone = self.config.drag, self.backbone
+    def _finite(
+        self, edits: Sequence[_Edit], sources: Tensor, outcomes: dict[int, EditResult | UserError]
+    ) -> list[_Edit]:
+        """The edits whose source's latent is good; the others are ended."""
+        good = torch.isfinite(sources).flatten(1).all(dim=1).tolist()
+        for edit in edits:
+            if not good[edit.picture]:
+                outcomes[edit.number] = UserError(
+                    f"the latent at the drag's timestep is not finite: with model.dtype={self.config.model.dtype} and "
+                    f"autocast {self.autocast} the model overflows; use model.dtype=fp32 model.autocast=none"
+                )
+        return [edit for edit in edits if good[edit.picture]]
+
+    def _drag(self, edits: Sequence[_Edit], sources: Tensor, denoiser: Denoiser) -> None:
+        """Sets each edit's `drag`."""
+        if not edits:
+            return
         scheduler = self._scheduler()
         index = len(scheduler.timesteps) - self.drag_steps_of_schedule
-        t, grid, size = scheduler.timesteps[index], self._grid(working), working.image.shape[:2]
-        alpha = scheduler.alphas_cumprod[int(t)]
-        mask = None
-        if keep is not None and settings.mask_weight > 0:
-            mask = MaskTerm(
-                keep,
-                settings.mask_weight,
-                alpha,
-                ddim.alpha_before(scheduler, index),
-                backbone.prediction_type,
-            )
-        blocks = [backbone.feature_block(name) for name in settings.features]
-        guidance = self._guidance
+        t = scheduler.timesteps[index]
+        alphas = scheduler.alphas_cumprod[int(t)], ddim.alpha_before(scheduler, index)
+        grids = [self._grid(edit.working, edit.settings) for edit in edits]
 
-        def probe(latent: Tensor, need_output: bool) -> tuple[Tensor | None, FeatureMap]:
-            rows = torch.cat([latent] * len(embeddings))
-            output, maps = forward_with_features(
-                lambda: backbone.predict(rows, t, embeddings), blocks, need_output=need_output
+        def probe(
+            latents: Tensor, numbers: Sequence[int], need_output: bool
+        ) -> tuple[Tensor | None, Sequence[FeatureMap]]:
+            output, maps = denoiser.with_features(
+                latents,
+                t,
+                [edits[number].picture for number in numbers],
+                blocks=self.config.drag.features,
+                need_output=need_output,
             )
-            if guidance > 1:
-                maps = [combine_guidance(features, guidance) for features in maps]
-                output = None if output is None else guide(output, guidance)
-            return output, FeatureMap(maps, grid)
+            return output, [
+                FeatureMap([features[row : row + 1] for features in maps], grids[number])
+                for row, number in enumerate(numbers)
+            ]
+
+        for edit in edits:
+            edit.drag = self._prepared(edit, sources[edit.picture : edit.picture + 1], denoiser, t, *alphas)
+        drags = [edit.drag for edit in edits if edit.drag is not None]
+        with self._stage("drag", max(drag.steps for drag in drags)) as advance:
+            scales = [edit.sample.height / grid[0] for edit, grid in zip(edits, grids, strict=True)]
+            module = LatentDrag(probe, drags)
+            fit(
+                module,
+                steps=max(drag.steps for drag in drags),
+                device=self.backbone.device,
+                autocast=self.autocast,
+                callbacks=[Progress(advance, px_per_grid=scales), *(c for drag in drags for c in drag.callbacks)],
+                logger=_one_logger([edit.request.logger for edit in edits]),
+            )
+        module.to(self.backbone.device)
+
+    def _prepared(
+        self, edit: _Edit, source: Tensor, denoiser: Denoiser, t: Tensor, alpha: Tensor, alpha_before: Tensor
+    ) -> Drag:
+        """The drag of an edit, with its callbacks."""
+        sample, working, settings, request = edit.sample, edit.working, edit.settings, edit.request
+        grid, size, prediction_type = (
+            self._grid(working, settings),
+            working.image.shape[:2],
+            self.backbone.prediction_type,
+        )
 
         def preview(latent: Tensor) -> np.ndarray:
-            x0, _ = ddim.predict_x0_and_noise(
-                latent,
-                self._predictor(embeddings)(latent, t),
-                alpha=alpha,
-                prediction_type=backbone.prediction_type,
-            )
+            output = denoiser(latent, t, [edit.picture])
+            x0, _ = ddim.predict_x0_and_noise(latent, output, alpha=alpha, prediction_type=prediction_type)
             shrink = min(1.0, PREVIEW_LATENT / max(x0.shape[2:]))
             x0 = F.interpolate(x0, scale_factor=shrink, mode="area") if shrink < 1 else x0
-            return to_uint8(backbone.decode(x0) / 2 + 0.5)
+            return to_uint8(self.backbone.decode(x0) / 2 + 0.5)
 
-        trajectory = Trajectory()
-        frames = Frames(
+        edit.frames = Frames(
             preview,
-            draw=lambda picture: output.frame(picture, sample, self._way(trajectory.positions, sample, working)),
+            draw=lambda picture: output.frame(picture, sample, self._way(edit, edit.trajectory.positions)),
             every=self.config.output.frames_every,
-            folder=folder and folder / "frames",
+            folder=request.folder and request.folder / "frames",
+            logger=request.logger,
         )
-        drag = LatentDrag(
-            probe,
+        tracker = _strategy("drag.tracker", settings.tracker, tracking.TRACKERS)
+        callbacks = [PointTracking(tracker, radius=settings.tracking_radius), edit.trajectory, *request.callbacks]
+        if edit.frames.every:
+            callbacks.append(edit.frames)
+        if request.watch is not None:
+            to_px = lambda positions: self._way(edit, positions)  # noqa: E731
+            callbacks.append(Spectator(request.watch, edit.trajectory, edit.frames, to_px=to_px))
+        mask = None
+        if edit.keep is not None and settings.mask_weight > 0:
+            mask = MaskTerm(edit.keep, settings.mask_weight, alpha, alpha_before, prediction_type)
+        return Drag(
             latent=source,
             handles=points.to_grid(torch.tensor(np.asarray(working.handles)), image_size=size, grid=grid),
             targets=points.to_grid(torch.tensor(np.asarray(working.targets)), image_size=size, grid=grid),
@@ -484,74 +668,89 @@ class Editor:
             radius=settings.motion_radius,
             stop_distance=settings.stop_distance,
             lr=settings.lr,
+            steps=settings.steps,
             mask=mask,
+            callbacks=callbacks,
         )
-        with self._stage("drag", settings.steps) as advance:
-            acting = PointTracking(
-                _strategy("drag.tracker", settings.tracker, tracking.TRACKERS),
-                radius=settings.tracking_radius,
-            )
-            watching = [trajectory, Progress(advance, px_per_grid=sample.height / grid[0]), *callbacks]
-            if frames.every:
-                watching.append(frames)
-            if watch is not None:
-                watching.append(Spectator(watch, trajectory, frames, to_px=lambda way: self._way(way, sample, working)))
-            fit(
-                drag,
-                steps=settings.steps,
-                device=backbone.device,
-                autocast=self.autocast,
-                callbacks=[acting, *watching],
-                logger=logger,
-            )
-        return drag.to(backbone.device), trajectory, frames.frames
 
     def _denoise(
-        self, sample: EditSample, source: Tensor, dragged: Tensor, embeddings: Tensor, scheduler: Any
-    ) -> np.ndarray:
+        self,
+        edits: Sequence[_Edit],
+        sources: Tensor,
+        denoiser: Denoiser,
+        scheduler: Any,
+        inputs: Sequence[dict[str, Any]],
+    ) -> list[np.ndarray]:
+        """The edited pictures.
+
+        Args:
+            scheduler: at the drag's timestep, with what a multistep solver remembers of the sources.
+        """
+        if not edits:
+            return []
         settings, backbone = self.config.control, self.backbone
-        steps = self.drag_steps_of_schedule
-        predict = uncontrolled = self._predictor(embeddings)
+        steps, rows = self.drag_steps_of_schedule, [edit.picture for edit in edits]
+
+        def uncontrolled(latents: Tensor, t: Tensor) -> Tensor:
+            return denoiser(latents, t, rows)
+
+        predict = uncontrolled
         if settings.enabled:
             layers = attention.layers_from(backbone.self_attention_layers, settings.start_layer)
-            reference = enumerate(self._reference(source, embeddings, copy.deepcopy(scheduler), layers))
+            reference = enumerate(self._reference(sources, denoiser, copy.deepcopy(scheduler), layers, inputs))
 
             def controlled(latents: Tensor, t: Tensor) -> Tensor:
                 step, states = next(reference)
-                states = states if step >= settings.start_step else {}
+                states = self._rows_of(states, rows, len(sources)) if step >= settings.start_step else {}
                 with attention.mutual_self_attention(backbone.network, layers, states):
                     return uncontrolled(latents, t)
 
             predict = controlled
+        if remembered := getattr(scheduler, "model_outputs", None):
+            scheduler.model_outputs = [value if value is None else value[rows] for value in remembered]
         with self._stage("denoise", steps) as advance:
             path = ddim.sample(
                 predict,
-                dragged,
+                torch.cat([edit.drag.latent.detach() for edit in edits if edit.drag is not None]),
                 scheduler=scheduler,
                 start=len(scheduler.timesteps) - steps,
                 report=lambda done: advance(done, ""),
             )
-        with self._stage("decode", 1) as advance, torch.no_grad():
-            image = self._to_picture(path[-1], sample.image.shape[:2])
-            advance(1, "")
-        return image
+        with self._stage("decode", len(edits)) as advance:
+            images = []
+            for edit, clean in zip(edits, path[-1].split(1), strict=True):
+                images.append(self._to_picture(clean, edit.sample.image.shape[:2]))
+                advance(len(images), "")
+        return images
+
+    @staticmethod
+    def _rows_of(states: attention.States, pictures: Sequence[int], count: int) -> attention.States:
+        """States of `count` pictures (in each guidance branch) as those of the pictures of a batch's rows."""
+        if list(pictures) == list(range(count)):
+            return states
+        return {name: value.unflatten(0, (-1, count))[:, pictures].flatten(0, 1) for name, value in states.items()}
 
     def _reference(
-        self, source: Tensor, embeddings: Tensor, scheduler: Any, layers: Sequence[str]
+        self,
+        sources: Tensor,
+        denoiser: Denoiser,
+        scheduler: Any,
+        layers: Sequence[str],
+        inputs: Sequence[dict[str, Any]],
     ) -> Iterator[attention.States]:
-        """What the source's self-attention sees at each denoising step, in the memory that the config allows.
+        """What the sources' self-attention sees at each denoising step, in the memory that the config allows.
 
-        The source is denoised by itself, step by step beside the edited latent, and not as a row of its batch: then
-        it makes no difference to a result whether the states come from memory.
+        The sources are denoised by themselves, step by step beside the edited latents, and not as rows of their batch:
+        then it makes no difference to a result whether the states come from memory.
         """
         budget = self.config.cache.reference_mb * 2**20
         if budget == 0:
-            yield from self._reference_states(source, embeddings, scheduler, layers)
+            yield from self._reference_states(sources, denoiser, scheduler, layers)
             return
         key = cache.digest(
-            **self._model_inputs(),
-            source=source.float().cpu().numpy(),
-            embeddings=embeddings.float().cpu().numpy(),
+            models=list(inputs),
+            source=sources.float().cpu().numpy(),
+            embeddings=denoiser.embeddings.float().cpu().numpy(),
             scheduler=[type(scheduler).__name__, scheduler.timesteps.tolist()],
             layers=list(layers),
             generate=dataclasses.asdict(self.config.generate),
@@ -561,7 +760,7 @@ class Editor:
             return
         self._references.clear()
         steps, kept = self.drag_steps_of_schedule, []
-        for states in self._reference_states(source, embeddings, scheduler, layers):
+        for states in self._reference_states(sources, denoiser, scheduler, layers):
             if steps * sum(value.nbytes for value in states.values()) <= budget:
                 kept.append(states)
             if len(kept) == steps:
@@ -569,18 +768,36 @@ class Editor:
             yield states
 
     def _reference_states(
-        self, source: Tensor, embeddings: Tensor, scheduler: Any, layers: Sequence[str]
+        self, sources: Tensor, denoiser: Denoiser, scheduler: Any, layers: Sequence[str]
     ) -> Iterator[attention.States]:
-        predict, states = self._predictor(embeddings), {}
+        states: attention.States = {}
 
-        def recording(latent: Tensor, t: Tensor) -> Tensor:
+        def recording(latents: Tensor, t: Tensor) -> Tensor:
             nonlocal states
             with attention.recorded(self.backbone.network, layers) as states:
-                return predict(latent, t)
+                return denoiser(latents, t)
 
         start = len(scheduler.timesteps) - self.drag_steps_of_schedule
-        for _ in ddim.path_down(recording, source, scheduler=scheduler, start=start):
+        for _ in ddim.path_down(recording, sources, scheduler=scheduler, start=start):
             yield states
+
+    def _result(self, edit: _Edit, image: np.ndarray, batch: int) -> EditResult:
+        assert edit.drag is not None and edit.frames is not None
+        to_px = {"image_size": edit.sample.image.shape[:2], "grid": self._grid(edit.working, edit.settings)}
+        return EditResult(
+            sample=edit.sample,
+            image=image,
+            trajectory=self._way(edit, edit.trajectory.positions or [edit.drag.handles]),
+            steps=edit.drag.steps_done,
+            stop_reason=edit.drag.stop_reason or "steps",
+            frames=[
+                (step, picture, points.to_image(handles, **to_px).numpy())
+                for step, picture, handles in edit.frames.frames
+            ],
+            seconds={stage: seconds / batch for stage, seconds in self.seconds.items()},
+            peak_memory_mb=peak_memory_mb(self.backbone.device),
+            config=dataclasses.replace(self.config, drag=edit.settings),
+        )
 
     # ------------------------------------------------------------------------------- pieces
 
@@ -597,41 +814,58 @@ class Editor:
         generate = self.config.generate
         return self.backbone.scheduler(self.config.ddim.steps, generate.scheduler if generate.enabled else "ddim")
 
-    def _grid(self, sample: EditSample) -> points.Size:
-        return points.grid_size(sample.image.shape[:2], self.config.drag.grid_scale)
+    def _working(self, sample: EditSample) -> EditSample:
+        return sample.resized(self.config.data.max_size)
 
-    def _way(self, positions: Sequence[Tensor], sample: EditSample, working: EditSample) -> np.ndarray:
+    def _grid(self, working: EditSample, settings: DragConfig) -> points.Size:
+        return points.grid_size(working.image.shape[:2], settings.grid_scale)
+
+    def _way(self, edit: _Edit, positions: Sequence[Tensor]) -> np.ndarray:
         """Handles on the working size's grid, one (N, 2) for each step, as (K, N, 2), (x, y) in px of the sample."""
-        to_px = {"image_size": sample.image.shape[:2], "grid": self._grid(working)}
+        to_px = {"image_size": edit.sample.image.shape[:2], "grid": self._grid(edit.working, edit.settings)}
         way = np.stack([points.to_image(position, **to_px).numpy() for position in positions])
-        way[0] = sample.handles  # where the person clicked, not its rounding to the grid
+        way[0] = edit.sample.handles  # where the person clicked, not its rounding to the grid
         return way
 
-    def _keep(self, sample: EditSample) -> Tensor | None:
+    def _keep(self, working: EditSample, settings: DragConfig) -> Tensor | None:
         """1 where the latent may not change, (1, 1, h, w); None without a mask."""
-        if sample.mask is None:
+        if working.mask is None:
             return None
-        latent_size = self.backbone.latent_size(*sample.image.shape[:2])
-        mask = torch.from_numpy(np.array(sample.mask))
-        return 1 - points.mask_to_latent(mask, grid=self._grid(sample), latent_size=latent_size).to(
+        latent_size = self.backbone.latent_size(*working.image.shape[:2])
+        mask = torch.from_numpy(np.array(working.mask))
+        return 1 - points.mask_to_latent(mask, grid=self._grid(working, settings), latent_size=latent_size).to(
             self.backbone.device
         )
 
-    def _embeddings(self, prompt: str) -> Tensor:
-        """(1, tokens, D), or with guidance (2, tokens, D): negative, positive."""
-        prompts = [prompt] if self._guidance == 1 else [self.config.generate.negative_prompt, prompt]
+    def _embeddings(self, prompts: Sequence[str]) -> Tensor:
+        """(1, P, tokens, D), or with guidance (2, P, tokens, D): negative, positive."""
+        negative = [] if self._guidance == 1 else [self.config.generate.negative_prompt]
         with torch.no_grad():
-            return self.backbone.embed(prompts)
+            embedded = self.backbone.embed([*negative, *prompts])
+        positive = embedded[len(negative) :]
+        return torch.stack([embedded[:1].expand_as(positive), positive] if negative else [positive])
 
-    def _predictor(self, embeddings: Tensor) -> ddim.Predict:
-        """The guided model output for latents (B, C, h, w)."""
+    @contextmanager
+    def _adapted(self, adapters: Sequence[lora.LoRA | None]) -> Iterator[lora.Rows | None]:
+        """The network with each picture's LoRA: in its weights if it is the same for all, else beside them."""
+        if all(adapter is adapters[0] for adapter in adapters):
+            with lora.merged(self.backbone.network, adapters[0] if adapters else None):
+                yield None
+        else:
+            with lora.beside(self.backbone.network, lora.Rows.of(adapters, self.backbone.device)) as rows:
+                yield rows
 
-        def predict(latents: Tensor, t: Tensor) -> Tensor:
-            rows = torch.cat([latents] * len(embeddings))
-            output = self.backbone.predict(rows, t, embeddings.repeat_interleave(len(latents), dim=0))
-            return output if self._guidance == 1 else guide(output, self._guidance)
-
-        return predict
+    def _inputs_of_each(self, adapters: Sequence[lora.LoRA | None], rows: lora.Rows | None) -> list[dict[str, Any]]:
+        """For each picture, `_model_inputs` of the network with its LoRA."""
+        if not (self.config.cache.enabled or self.config.cache.reference_mb):
+            return [{}] * len(adapters)
+        if rows is None:
+            return [self._model_inputs()] * len(adapters)
+        inputs = []
+        for adapter in adapters:
+            with lora.merged(self.backbone.network, adapter):
+                inputs.append(self._model_inputs())
+        return inputs
 
     def _to_picture(self, latent: Tensor, size: points.Size) -> np.ndarray:
         """Decode one latent and resize it to (height, width), (H, W, 3) uint8."""
@@ -742,12 +976,6 @@ def enough_memory() -> Iterator[None]:
         ) from error
 
 
-def guide(output: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): (2B, ...) negative then positive -> (B, ...)."""
-    negative, positive = output.chunk(2)
-    return negative + guidance * (positive - negative)
-
-
 def peak_memory_mb(device: torch.device) -> float:
     """Peak of the device's allocator (CUDA), else of this process's resident memory since it began; 0 where unknown."""
     if device.type == "cuda":
@@ -758,6 +986,21 @@ def peak_memory_mb(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _made(folder: str | Path) -> Path:
+    """A folder that is there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
+    return folder
+
+
+def _one_logger(loggers: Sequence[Logger | None]) -> Logger | None:
+    """What a Trainer tells that serves so many runs."""
+    return loggers[0] if len(loggers) == 1 else Each(loggers)
 
 
 def _is_finite(trained: lora.LoRA) -> bool:

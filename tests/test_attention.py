@@ -1,6 +1,7 @@
 """Reference-latent control: what it computes, where and when, and that it leaves the model as it found it."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from torch import nn
 
 from dragdiff.config import load_config
 from dragdiff.data.sample import EditSample
-from dragdiff.editor import Editor
+from dragdiff.editor import Editor, Request
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
 from dragdiff.modules.attention import layers_from, mutual_self_attention, recorded
+from dragdiff.modules.denoiser import Denoiser
 
 
 def random(*shape, seed=0):
@@ -95,7 +97,10 @@ def test_recorded_calls_are_controlled_and_no_others(backbone, unet):
         if hasattr(module, "processor"):
             module.set_processor(Watching(module.processor, calls))
     try:
-        editor._denoise(sample, random(1, 4, 16, 16), random(1, 4, 16, 16, seed=1), TEXT, editor._scheduler())
+        edits, _ = editor._begin([Request(sample)], [sample], {})
+        edits[0].drag = SimpleNamespace(latent=random(1, 4, 16, 16, seed=1))
+        denoiser = Denoiser(backbone, TEXT[None])
+        editor._denoise(edits, random(1, 4, 16, 16), denoiser, editor._scheduler(), [{}])
     finally:
         for name, processor in before.items():
             unet.get_submodule(name).set_processor(processor)

@@ -166,7 +166,7 @@ def test_fingerprint_sees_one_changed_bit(dtype):
 class _Keys:
     """Stands in for the cache and hands back the key."""
 
-    def get(self, key, **_):
+    def find(self, key, **_):
         return key
 
 

@@ -211,7 +211,7 @@ def test_that_takes_the_solvers_memory(backbone, monkeypatch):
     overrides = ["generate.enabled=true", "generate.scheduler=dpm++2m", "drag.steps=0", "ddim.steps=6"]
     editor = Editor(load_config(overrides=[*QUICK, *overrides]), backbone)
     generate = editor._generate
-    monkeypatch.setattr(editor, "_generate", lambda prompt: (*generate(prompt)[:2], editor._scheduler()))
+    monkeypatch.setattr(editor, "_generate", lambda prompts: (*generate(prompts)[:2], editor._scheduler()))
     picture, _ = editor.generate(SAMPLE.prompt)
     assert np.abs(editor.edit(SAMPLE).image.astype(int) - picture.astype(int)).max() > 1
 

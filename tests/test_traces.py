@@ -26,7 +26,7 @@ from dragdiff import Editor, EditSample
 from dragdiff.callbacks import DragCallback
 from dragdiff.config import load_config
 from dragdiff.editor import EditResult
-from dragdiff.models.drag import LatentDrag
+from dragdiff.models.drag import Drag, LatentDrag
 from dragdiff.modules import ddim, lora, motion, tracking
 from dragdiff.modules.backbone import Backbone
 from dragdiff.modules.features import FeatureMap, forward_with_features
@@ -81,21 +81,21 @@ class Recorder(DragCallback):
     def on_train_start(self, trainer: L.Trainer, module: LatentDrag) -> None:
         self.plain.__enter__()
 
-    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
-        self.handles.append(module.handles.clone())
+    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
+        self.drag = drag
+        self.handles.append(drag.handles.clone())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LatentDrag, *_: object) -> None:
-        self.drag = module
-        if module.steps_done > len(self.latents):
+        if self.drag.steps_done > len(self.latents):
             self.losses.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-            self.gradients.append(module.latent.grad.clone())
-            self.latents.append(module.latent.detach().clone())
+            self.gradients.append(self.drag.latent.grad.clone())
+            self.latents.append(self.drag.latent.detach().clone())
 
     @torch.no_grad()
     def on_train_end(self, trainer: L.Trainer, module: LatentDrag) -> None:
         self.plain.__exit__(None, None, None)
         if self.final is not None:
-            module.latent.copy_(self.final)
+            self.drag.latent.copy_(self.final)
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Replay:
     denoising: tuple[list[Tensor], list[Tensor]]  # latents of the source and of the edited branch
 
     @property
-    def drag(self) -> LatentDrag:
+    def drag(self) -> Drag:
         return self.recorder.drag
 
     @property

@@ -9,7 +9,7 @@ import lightning as L
 from dragdiff.modules.features import FeatureMap
 
 if TYPE_CHECKING:
-    from dragdiff.models.drag import LatentDrag
+    from dragdiff.models.drag import Drag
 
 
 class DragCallback(L.Callback):
@@ -18,5 +18,5 @@ class DragCallback(L.Callback):
     Only `PointTracking` acts on what it sees; the others observe, so that removing one never changes the picture.
     """
 
-    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
-        """Called once a step, with the features of the latent before the update."""
+    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
+        """Called once a step of a drag, with the features of its latent before the update."""

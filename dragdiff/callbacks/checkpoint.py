@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import lightning as L
-from torch import nn
 
 from dragdiff.modules import lora
 
@@ -17,15 +16,14 @@ class LoRACheckpoint(L.Callback):
     The checkpoint holds the LoRA, its optimiser's state and the settings of the run, nothing of the network.
     """
 
-    def __init__(self, network: nn.Module, folder: Path, *, every: int, scale: float) -> None:
+    def __init__(self, current: Callable[[], lora.LoRA], folder: Path, *, every: int) -> None:
         """
         Args:
-            network: with LoRA layers injected.
+            current: the LoRA as it is now.
             folder: where the files go.
             every: steps between files.
-            scale: alpha / rank.
         """
-        self.network, self.folder, self.every, self.scale = network, folder, every, scale
+        self.current, self.folder, self.every = current, folder, every
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step == 0:
@@ -38,25 +36,20 @@ class LoRACheckpoint(L.Callback):
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def _save_lora(self, trainer: L.Trainer) -> None:
-        weights = lora.extract(lora.parameters(self.network), scale=self.scale)
-        lora.save(weights, self.folder / f"step-{trainer.global_step:04d}")
+        lora.save(self.current(), self.folder / f"step-{trainer.global_step:04d}")
 
 
 class LoRASnapshots(L.Callback):
-    """Hands over a copy of the LoRA after each of the given steps."""
+    """Says when each of the given numbers of steps is done."""
 
-    def __init__(
-        self, network: nn.Module, at: Collection[int], keep: Callable[[int, lora.LoRA], None], *, scale: float
-    ) -> None:
+    def __init__(self, at: Collection[int], keep: Callable[[int], None]) -> None:
         """
         Args:
-            network: with LoRA layers injected.
             at: steps done.
-            keep: called with the steps done and the LoRA.
-            scale: alpha / rank.
+            keep: called with them.
         """
-        self.network, self.at, self.keep, self.scale = network, at, keep, scale
+        self.at, self.keep = at, keep
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
         if trainer.global_step in self.at:
-            self.keep(trainer.global_step, lora.extract(lora.parameters(self.network), scale=self.scale))
+            self.keep(trainer.global_step)

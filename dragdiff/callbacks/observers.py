@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from dragdiff.modules.motion import distances
 from dragdiff.output import written
 
 if TYPE_CHECKING:
-    from dragdiff.models.drag import LatentDrag
+    from dragdiff.models.drag import Drag
 
 
 # a drag step, the handles (N, 2) as (x, y) in px of the image, the preview (h, w, 3) uint8 if there is one of this step
@@ -35,11 +36,12 @@ class Trajectory(DragCallback):
     def __init__(self) -> None:
         self.positions: list[Tensor] = []
 
-    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
-        self.positions.append(module.handles.clone())
-        left = distances(module.handles, module.targets)
-        module.log_dict({f"drag/distance_{i}": value for i, value in enumerate(left.tolist())})
-        module.log("drag/distance", left.mean())
+    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
+        self.positions.append(drag.handles.clone())
+        left = distances(drag.handles, drag.targets)
+        for i, value in enumerate(left.tolist()):
+            drag.log(f"drag/distance_{i}", value)
+        drag.log("drag/distance", left.mean())
 
 
 class Frames(DragCallback):
@@ -56,29 +58,30 @@ class Frames(DragCallback):
         draw: Callable[[np.ndarray], Image.Image],
         every: int,
         folder: Path | None = None,
+        logger: Logger | None = None,
     ) -> None:
         """
         Args:
             preview: (h, w, 3) uint8 of a latent.
             draw: lays the points over a preview.
+            logger: W&B's gets the pictures, others don't.
         """
-        self.preview, self.draw, self.every, self.folder = preview, draw, every, folder
+        self.preview, self.draw, self.every, self.folder, self.logger = preview, draw, every, folder, logger
         self.frames: list[tuple[int, np.ndarray, Tensor]] = []
 
     @torch.no_grad()
-    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
-        step = module.steps_done
+    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
+        step = drag.steps_done
         if step % self.every:
             return
-        picture = self.preview(module.latent.detach())
-        self.frames.append((step, picture, module.handles.clone()))
+        picture = self.preview(drag.latent.detach())
+        self.frames.append((step, picture, drag.handles.clone()))
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with written(self.folder / f"{step:04d}.png") as file:
                 self.draw(picture).save(file)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B
-                logger.log_image("drag/frame", [self.draw(picture)], caption=[f"step {step}"])
+        if log_image := getattr(self.logger, "log_image", None):
+            log_image("drag/frame", [self.draw(picture)], caption=[f"step {step}"])
 
 
 class Spectator(DragCallback):
@@ -100,8 +103,8 @@ class Spectator(DragCallback):
         """
         self.watch, self.trajectory, self.frames, self.to_px = watch, trajectory, frames, to_px
 
-    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
-        step, frames = module.steps_done, self.frames.frames
+    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
+        step, frames = drag.steps_done, self.frames.frames
         preview = frames[-1][1] if frames and frames[-1][0] == step else None
         self.watch(step, self.to_px(self.trajectory.positions)[-1], preview)
 
@@ -109,14 +112,20 @@ class Spectator(DragCallback):
 class Progress(L.Callback):
     """Reports each finished step of a Trainer to a progress bar, with the distance left in image px."""
 
-    def __init__(self, advance: Callable[[int, str], None], *, px_per_grid: float = 1.0) -> None:
+    def __init__(self, advance: Callable[[int, str], None], *, px_per_grid: Sequence[float] = ()) -> None:
+        """
+        Args:
+            px_per_grid: image px per grid px of each drag.
+        """
         self.advance, self.px_per_grid = advance, px_per_grid
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
         note = ""
-        if isinstance(handles := getattr(module, "handles", None), Tensor):
-            left = distances(handles, module.targets) * self.px_per_grid  # type: ignore[arg-type]
-            note = f"{float(left.mean()):.1f} px left"
+        if drags := getattr(module, "drags", None):
+            left = [distances(d.handles, d.targets).mean() * px for d, px in zip(drags, self.px_per_grid, strict=True)]
+            running = sum(not drag.stop_reason for drag in drags)
+            note = f"{float(torch.stack(left).mean()):.1f} px left"
+            note += f", {running} of {len(drags)} under way" if len(drags) > 1 else ""
         elif "lora/loss" in trainer.callback_metrics:
             note = f"loss {float(trainer.callback_metrics['lora/loss']):.3f}"
         self.advance(trainer.global_step, note)

@@ -13,7 +13,7 @@ from dragdiff.modules.motion import distances
 from dragdiff.modules.tracking import Tracker
 
 if TYPE_CHECKING:
-    from dragdiff.models.drag import LatentDrag
+    from dragdiff.models.drag import Drag
 
 
 class PointTracking(DragCallback):
@@ -23,11 +23,9 @@ class PointTracking(DragCallback):
         self.tracker, self.radius = tracker, radius
 
     @torch.no_grad()
-    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
-        if module.steps_done > 0:
-            module.handles = self.tracker(
-                features, templates=module.templates, handles=module.handles, radius=self.radius
-            )
-        left = distances(module.handles, module.targets)
-        if bool(((left < module.stop_distance) | (left == 0)).all()):
-            module.stop("reached")
+    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
+        if drag.steps_done > 0:
+            drag.handles = self.tracker(features, templates=drag.templates, handles=drag.handles, radius=self.radius)
+        left = distances(drag.handles, drag.targets)
+        if bool(((left < drag.stop_distance) | (left == 0)).all()):
+            drag.stop("reached")

@@ -1,8 +1,8 @@
-"""`LatentDrag`: the optimisation of one latent (DragDiffusion, section 3.3)."""
+"""`LatentDrag`: the optimisation of a latent, or of several at once (DragDiffusion, section 3.3)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dragdiff.callbacks.base import DragCallback
+from dragdiff.models.trainer import each
 from dragdiff.modules import ddim, motion
 from dragdiff.modules.features import FeatureMap
 
-# latent (1, C, h, w), whether the network's output is needed -> (output or None, features)
-Probe = Callable[[Tensor, bool], tuple[Tensor | None, FeatureMap]]
+# latents (B, C, h, w), the numbers of their drags, whether the network's output is needed
+# -> (output (B, C, h, w) or None, each one's features)
+Probe = Callable[[Tensor, Sequence[int], bool], tuple[Tensor | None, Sequence[FeatureMap]]]
 
 DIVERGED = 1000.0  # latents have entries of some units, with strong guidance of some tens
 
@@ -38,22 +40,23 @@ class MaskTerm:
     prediction_type: str
 
 
-class LatentDrag(L.LightningModule):
-    """Moves the content under the handles to the targets; the latent is its only parameter.
+class Drag(nn.Module):
+    """One latent on its way, and what moves it.
 
     Attributes:
         latent: (1, C, h, w), what is optimised.
         handles: (N, 2) where the handles are now, (row, col) in grid px; moved by the tracking callback.
         initial_handles, targets: (N, 2), likewise.
         templates: (N, C), features at the initial handles, from the first forward.
+        steps_done: updates of the latent.
         stop_reason: "" while running, then "reached", "steps" or a sentence about divergence.
+        values: what is logged of this step.
     """
 
     templates: Tensor
 
     def __init__(
         self,
-        probe: Probe,
         *,
         latent: Tensor,
         handles: Tensor,
@@ -62,33 +65,45 @@ class LatentDrag(L.LightningModule):
         radius: int,
         stop_distance: float,
         lr: float,
+        steps: int,
         mask: MaskTerm | None,
+        callbacks: Sequence[L.Callback] = (),
     ) -> None:
+        """
+        Args:
+            steps: updates at most.
+            callbacks: the `DragCallback`s among them see the features of this drag, in this order.
+        """
         super().__init__()
-        self.automatic_optimization = False  # a step may end without an update
-        self.probe, self.supervision, self.mask = probe, supervision, mask
+        self.supervision, self.mask, self.callbacks = supervision, mask, callbacks
         self.latent = nn.Parameter(latent.detach().clone())
         self.initial_handles, self.handles, self.targets = handles.clone(), handles.clone(), targets.clone()
-        self.radius, self.stop_distance, self.lr = radius, stop_distance, lr
+        self.radius, self.stop_distance, self.lr, self.steps = radius, stop_distance, lr, steps
         self.steps_done = 0
         self.stop_reason = ""
+        self.values: dict[str, Tensor | float] = {}
         self._initial_previous: Tensor | None = None
+        self._before: Tensor | None = None
 
     def stop(self, reason: str) -> None:
         """Request the end; a step that has not updated the latent yet leaves it as it is."""
         self.stop_reason = reason
-        self.trainer.should_stop = True
 
-    def training_step(self, step: int) -> None:
-        output, features = self.probe(self.latent, self.mask is not None)
-        if step == 0:
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Log a value of this step, e.g. from a callback."""
+        self.values[name] = value
+
+    def look(self, trainer: L.Trainer, features: FeatureMap) -> None:
+        """Show a step's features to the callbacks, the tracker among them."""
+        self.values = {}
+        if self.steps_done == 0:
             self.templates = features.at(self.initial_handles).detach()
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self.callbacks:
             if isinstance(callback, DragCallback):
-                callback.on_features(self.trainer, self, features)
-        if self.trainer.should_stop:
-            return
+                callback.on_features(trainer, self, features)
 
+    def loss(self, output: Tensor | None, features: FeatureMap) -> Tensor:
+        """Motion supervision and mask term; output (1, C, h, w), None without a mask."""
         motion_loss = self.supervision(
             features,
             handles=self.handles,
@@ -101,8 +116,9 @@ class LatentDrag(L.LightningModule):
             assert output is not None
             mask_loss = self.mask.weight * self._mask_loss(output, self.mask)
         loss = motion_loss + mask_loss
-        self.log_dict({"drag/loss": loss, "drag/motion": motion_loss, "drag/mask": mask_loss})
-        self._update(loss, step)
+        self.values |= {"drag/loss": loss, "drag/motion": motion_loss, "drag/mask": mask_loss}
+        self._before = self.latent.detach().clone()
+        return loss
 
     def _mask_loss(self, output: Tensor, mask: MaskTerm) -> Tensor:
         previous = ddim.move(
@@ -117,23 +133,72 @@ class LatentDrag(L.LightningModule):
             self._initial_previous = previous.detach()
         return motion.mask_term(previous, self._initial_previous, keep=mask.keep)
 
-    def _update(self, loss: Tensor, step: int) -> None:
+    def updated(self) -> None:
+        """Count an update of the latent, or take it back where it diverged."""
+        loss = self.values["drag/loss"]
+        assert isinstance(loss, Tensor) and self._before is not None
+        if torch.isfinite(loss) and torch.isfinite(self.latent).all() and self.latent.abs().max() < DIVERGED:
+            self.steps_done += 1
+            if self.steps_done == self.steps:
+                self.stop("steps")
+            return
+        with torch.no_grad():
+            self.latent.copy_(self._before)
+        self.stop(
+            f"diverged at step {self.steps_done + 1} (loss {loss.item():.3g}); kept the latent before it: lower drag.lr"
+        )
+
+
+class LatentDrag(L.LightningModule):
+    """Moves the content under the handles to the targets; latents are its only parameters.
+
+    Several drags share each forward; one that has arrived leaves the batch. No drag sees another's rows.
+    """
+
+    def __init__(self, probe: Probe, drags: Sequence[Drag]) -> None:
+        super().__init__()
+        self.automatic_optimization = False  # a step may end without an update
+        self.probe = probe
+        self.drags: Sequence[Drag] = nn.ModuleList(drags)  # type: ignore[assignment]
+
+    def training_step(self, _: int) -> None:
+        running = [number for number, drag in enumerate(self.drags) if not drag.stop_reason]
+        drags = [self.drags[number] for number in running]
+        need_output = any(drag.mask is not None for drag in drags)
+        output, features = self.probe(torch.cat([drag.latent for drag in drags]), running, need_output)
+        losses = []
+        for row, drag in enumerate(drags):
+            drag.look(self.trainer, features[row])
+            if not drag.stop_reason:
+                losses.append(drag.loss(None if output is None else output[row : row + 1], features[row]))
+        moving = [drag for drag in drags if not drag.stop_reason]
+        self._log(running)
+        if losses:
+            self._update(torch.stack(losses).sum() if len(losses) > 1 else losses[0], moving)
+        if all(drag.stop_reason for drag in self.drags):
+            self.trainer.should_stop = True
+
+    def _update(self, loss: Tensor, drags: Sequence[Drag]) -> None:
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
-        before = self.latent.detach().clone()
         optimizer.zero_grad()
         if loss.requires_grad:  # not when every handle is an anchor and there is no mask
             self.manual_backward(loss)
+            for drag in self.drags:
+                if drag not in drags:
+                    drag.latent.grad = None  # else Adam's memory of earlier steps would move it on
             optimizer.step()
-        if not (torch.isfinite(loss) and torch.isfinite(self.latent).all() and self.latent.abs().max() < DIVERGED):
-            with torch.no_grad():
-                self.latent.copy_(before)
-            self.stop(f"diverged at step {step + 1} (loss {loss.item():.3g}); kept the latent before it: lower drag.lr")
-            return
-        self.steps_done = step + 1
+        for drag in drags:
+            drag.updated()
+
+    def _log(self, running: Sequence[int]) -> None:
+        for number in running:
+            values = self.drags[number].values
+            self.log_dict({each(number, name, len(self.drags)): value for name, value in values.items()})
 
     def on_train_end(self) -> None:
-        self.stop_reason = self.stop_reason or "steps"
+        for drag in self.drags:
+            drag.stop(drag.stop_reason or "steps")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([self.latent], lr=self.lr)
+        return torch.optim.Adam([{"params": [drag.latent], "lr": drag.lr} for drag in self.drags])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dragdiff.errors import UserError
-from dragdiff.modules import lora as lora_module
+from dragdiff.models.trainer import each
 from dragdiff.modules.backbone import Backbone
 from dragdiff.modules.images import to_tensor
 
@@ -116,16 +116,30 @@ def crops(
     return lambda corners: (cut(mean, corners), cut(std, corners)), (mean.shape[1], *side), slack
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a LoRA learns from.
+
+    Attributes:
+        posterior: latent posterior (mean, std), each (B, C, h, w), of the picture's crops at the given corners.
+        embedding: (1, tokens, D) of its prompt.
+        draw: the random numbers of a step.
+    """
+
+    posterior: Posterior
+    embedding: Tensor
+    draw: Draw
+
+
 class LoRAFinetune(L.LightningModule):
-    """Trains the LoRA layers that are injected into a backbone's network; owns nothing else."""
+    """Trains LoRA layers that are in a backbone's network, one for each picture of a batch; owns nothing else."""
 
     def __init__(
         self,
         backbone: Backbone,
+        weights: Mapping[str, nn.Parameter],
+        lessons: Sequence[Lesson],
         *,
-        posterior: Posterior,
-        embedding: Tensor,
-        draw: Draw,
         lr: float,
         weight_decay: float,
         scheduler: Any,
@@ -133,30 +147,35 @@ class LoRAFinetune(L.LightningModule):
     ) -> None:
         """
         Args:
-            backbone: with LoRA layers injected (`modules.lora.injected`).
-            posterior: latent posterior (mean, std), each (B, C, h, w), of the crops at the given corners.
-            embedding: (1, tokens, D) of the prompt.
-            draw: the random numbers of a step.
+            backbone: with the LoRA layers in its network (`modules.lora.trainable`).
+            weights: what is trained.
+            lessons: one for each picture; row r of a batch is of picture r % their number.
             scheduler: diffusers scheduler that adds noise and knows the velocity.
             settings: plain values that a checkpoint is good for; kept in it, see `check_resume`.
         """
         super().__init__()
-        self._frozen = (backbone, posterior, embedding, scheduler)  # in a tuple: no submodules, no part of checkpoints
-        self.draw, self.lr, self.weight_decay, self.settings = draw, lr, weight_decay, dict(settings or {})
-        named = lora_module.parameters(backbone.network)
-        self.names, self.lora = list(named), torch.nn.ParameterList(named.values())
+        self._frozen = (backbone, lessons, scheduler)  # in a tuple: no submodules, no part of checkpoints
+        self.lr, self.weight_decay, self.settings = lr, weight_decay, dict(settings or {})
+        self.names, self.lora = list(weights), nn.ParameterList(weights.values())
 
     def training_step(self, _: int) -> Tensor:
-        backbone, posterior, embedding, scheduler = self._frozen
-        draw = self.draw(self.global_step)
-        mean, std = posterior(draw.corners)
+        backbone, lessons, scheduler = self._frozen
+        parts = [self._draw(lesson) for lesson in lessons]
+        latents, noise, t, embeddings = (torch.stack(part, dim=1).flatten(0, 1) for part in zip(*parts, strict=True))
+        predicted = backbone.predict(scheduler.add_noise(latents, noise, t), t, embeddings)
+        target = noise if backbone.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, t)
+        count = len(lessons)
+        losses = [F.mse_loss(predicted[i::count].float(), target[i::count].float()) for i in range(count)]
+        self.log_dict({each(i, "lora/loss", count): loss for i, loss in enumerate(losses)})
+        return torch.stack(losses).sum()  # no LoRA is in another's loss
+
+    def _draw(self, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(clean latents, noise, timesteps, embeddings) of one picture, (B, ...) each."""
+        draw = lesson.draw(self.global_step)
+        mean, std = lesson.posterior(draw.corners)
         noise, t = draw.noise.to(self.device), draw.timesteps.to(self.device)
         latents = mean + std * draw.posterior.to(self.device)
-        predicted = backbone.predict(scheduler.add_noise(latents, noise, t), t, embedding.expand(len(t), -1, -1))
-        target = noise if backbone.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, t)
-        loss = F.mse_loss(predicted.float(), target.float())
-        self.log("lora/loss", loss)
-        return loss
+        return latents, noise, t, lesson.embedding.expand(len(t), -1, -1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.lora, lr=self.lr, weight_decay=self.weight_decay)

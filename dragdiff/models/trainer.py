@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,56 @@ def fit(
             enable_model_summary=False,
         )
         trainer.fit(module, data, ckpt_path=resume)
+
+
+def each(number: int, name: str, count: int) -> str:
+    """A value's name in a Trainer that serves `count` runs: `Each` takes it to the run of that number."""
+    return name if count == 1 else f"{number}:{name}"
+
+
+class Each(Logger):
+    """Takes values named by `each` to the logger of their run."""
+
+    name, version = "each", 0
+
+    def __init__(self, loggers: Sequence[Logger | None]) -> None:
+        super().__init__()
+        self.loggers = loggers
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        common = {name: value for name, value in metrics.items() if ":" not in name}  # the epoch
+        for number, logger in enumerate(self.loggers):
+            start = f"{number}:"
+            own = {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}
+            if logger is not None and own:
+                logger.log_metrics({**own, **common}, step)
+
+    def log_hyperparams(self, *_: Any) -> None:
+        """Nothing: a run's settings are given to its own logger."""
+
+
+class Recording(Logger):
+    """Keeps what it is told for a logger that is opened later: W&B has one run in a process at a time."""
+
+    name, version = "recording", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._calls.append(("log_metrics", (dict(metrics), step), {}))
+
+    def log_image(self, *args: Any, **kwargs: Any) -> None:
+        self._calls.append(("log_image", args, kwargs))
+
+    def log_hyperparams(self, *_: Any) -> None:
+        """Nothing: as for `Each`."""
+
+    def replay(self, logger: Any) -> None:
+        for name, args, kwargs in self._calls:
+            if hasattr(logger, name):
+                getattr(logger, name)(*args, **kwargs)
 
 
 @contextmanager

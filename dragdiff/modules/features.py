@@ -54,14 +54,15 @@ def combine_guidance(features: Tensor, guidance: float) -> Tensor:
     """The two guidance branches' features side by side, weighted as the reference does.
 
     Args:
-        features: (2, C, h, w), negative branch first.
+        features: (2B, C, h, w), negative branch first.
         guidance: classifier-free guidance scale g > 1.
 
     Returns:
-        (1, 2C, h, w): (1 - c) F_negative and c F_positive with c = g / (2g - 1).
+        (B, 2C, h, w): (1 - c) F_negative and c F_positive with c = g / (2g - 1).
     """
     share = guidance / (2 * guidance - 1)
-    return torch.cat([(1 - share) * features[:1], share * features[1:]], dim=1)
+    negative, positive = features.chunk(2)
+    return torch.cat([(1 - share) * negative, share * positive], dim=1)
 
 
 @dataclass(frozen=True)

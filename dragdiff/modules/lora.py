@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
@@ -94,6 +97,118 @@ def extract(weights: Mapping[str, Tensor], *, scale: float) -> LoRA:
         for end in (DOWN, UP)
     )
     return LoRA(down, up, dict.fromkeys(down, scale))
+
+
+# ------------------------------------------------------------------------------------------- a LoRA for each row
+
+
+class Rows:
+    """The LoRAs of P pictures for the rows of a batch: row r has the one of picture `active[r % len(active)]`.
+
+    Attributes:
+        active: numbers of pictures; set it before a forward whose rows are others.
+        weights: (P, rank, in) and (P, out, rank) for each module, by peft's names; smaller ranks padded with zeros.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], scale: Mapping[str, Tensor]) -> None:
+        self.weights, self.scale = weights, scale
+        self.active: Sequence[int] = range(len(next(iter(weights.values()), ())))
+
+    @classmethod
+    def of(cls, loras: Sequence[LoRA | None], device: torch.device | None = None) -> Rows:
+        """Copies, float32; None is no update."""
+        weights: dict[str, Tensor] = {}
+        scale: dict[str, Tensor] = {}
+        for path in dict.fromkeys(path for lora in loras if lora is not None for path in lora.down):
+            found = [lora if lora is not None and path in lora.down else None for lora in loras]
+            first = next(lora for lora in found if lora is not None)
+            rank = max(lora.down[path].shape[0] for lora in found if lora is not None)
+            down = torch.zeros(len(loras), rank, first.down[path].flatten(1).shape[1])
+            up = torch.zeros(len(loras), first.up[path].shape[0], rank)
+            scale[path] = torch.ones(len(loras), 1, 1, device=device)
+            for row, lora in enumerate(found):
+                if lora is not None:
+                    own = lora.down[path].shape[0]
+                    down[row, :own], up[row, :, :own] = lora.down[path].flatten(1), lora.up[path].flatten(1)
+                    scale[path][row] = lora.scale[path]
+            weights[f"{path}{DOWN}"], weights[f"{path}{UP}"] = down.to(device), up.to(device)
+        return cls(weights, scale)
+
+    def lora(self, picture: int) -> LoRA:
+        """A copy of one picture's."""
+        own = extract({name: weight[picture] for name, weight in self.weights.items()}, scale=1.0)
+        own.scale.update({path: scale[picture].item() for path, scale in self.scale.items()})
+        return own
+
+    def update(self, path: str, inputs: Tensor) -> Tensor:
+        """What is added to a projection's output; inputs (rows, ..., in)."""
+        count = len(self.active)
+        down, up, scale = self.weights[f"{path}{DOWN}"], self.weights[f"{path}{UP}"], self.scale[path]
+        if list(self.active) != list(range(len(down))):
+            down, up, scale = (part[list(self.active)] for part in (down, up, scale))
+        grouped = rearrange(inputs, "(b n) ... c -> n (b ...) c", n=count).to(down.dtype)
+        update = (grouped @ down.mT @ up.mT) * scale
+        return update.unflatten(1, (len(inputs) // count, -1)).transpose(0, 1).reshape(*inputs.shape[:-1], -1)
+
+
+@contextmanager
+def beside(network: nn.Module, rows: Rows) -> Iterator[Rows]:
+    """Add its own LoRA to each row of the network's batches while the context lasts.
+
+    One product of stacked matrices for all pictures; peft's own way with `adapter_names` goes through them one by one.
+
+    Raises:
+        UserError: the LoRAs do not fit the network.
+    """
+
+    def hook(path: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output + rows.update(path, inputs[0]).to(output.dtype)
+
+    handles = []
+    try:
+        for path in rows.scale:
+            module = _projection(network, path)
+            down, up = rows.weights[f"{path}{DOWN}"], rows.weights[f"{path}{UP}"]
+            _check_fit(path, (up.shape[1], down.shape[2]), module.weight)
+            if not isinstance(module, nn.Linear):
+                raise UserError(
+                    f"the LoRA updates {path}, which is no linear projection: use it for one edit at a time"
+                )
+            handles.append(module.register_forward_hook(partial(hook, path)))
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def trainable(
+    network: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, seed: int, pictures: int
+) -> Iterator[tuple[Mapping[str, nn.Parameter], Callable[[int], LoRA]]]:
+    """A LoRA to train for each of some pictures, all from the same start; taken out again on leaving.
+
+    Args:
+        targets, rank, alpha, seed: as for `injected`.
+        pictures: row r of the network's batches is of picture r % pictures.
+
+    Yields:
+        (the parameters, a function that copies the LoRA of a picture).
+    """
+    with injected(network, targets, rank=rank, alpha=alpha, seed=seed):
+        single = parameters(network)
+        start = extract(single, scale=alpha / rank)
+        if pictures == 1:
+            yield single, lambda _: extract(single, scale=alpha / rank)
+            return
+        device = next(iter(single.values())).device
+    rows = Rows.of([start] * pictures, device)
+    several = {name: nn.Parameter(weight) for name, weight in rows.weights.items()}
+    rows.weights = several
+    with beside(network, rows):
+        yield several, rows.lora
+
+
+# ------------------------------------------------------------------------------------------- files and weights
 
 
 def save(lora: LoRA, folder: Path) -> Path:
@@ -204,18 +319,9 @@ def merged(network: nn.Module, lora: LoRA | None) -> Iterator[None]:
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for path, down in lora.down.items():
-            try:
-                weight = network.get_parameter(f"{path}.weight")
-            except AttributeError:
-                raise UserError(
-                    f"the LoRA is for a module {path!r} that this model lacks: it was made for another model"
-                ) from None
+            weight = _projection(network, path).weight
             down, up = (part.to(weight.device).float().flatten(1) for part in (down, lora.up[path]))
-            if (len(up), down.shape[1]) != weight.flatten(1).shape:
-                raise UserError(
-                    f"the LoRA does not fit this model at {path}: it updates {(len(up), down.shape[1])}, "
-                    f"the model has {tuple(weight.shape)}: it was made for another model"
-                )
+            _check_fit(path, (len(up), down.shape[1]), weight)
             originals.append((weight, weight.data))
             update = (lora.scale[path] * up @ down).view(weight.shape)
             weight.data = (weight.data.float() + update).to(weight.dtype)
@@ -223,3 +329,22 @@ def merged(network: nn.Module, lora: LoRA | None) -> Iterator[None]:
     finally:
         for weight, data in originals:
             weight.data = data
+
+
+def _projection(network: nn.Module, path: str) -> Any:
+    """The module of that path that a LoRA is for."""
+    try:
+        network.get_parameter(f"{path}.weight")
+    except AttributeError:
+        raise UserError(
+            f"the LoRA is for a module {path!r} that this model lacks: it was made for another model"
+        ) from None
+    return network.get_submodule(path)
+
+
+def _check_fit(path: str, updated: tuple[int, int], weight: Tensor) -> None:
+    if updated != tuple(weight.flatten(1).shape):
+        raise UserError(
+            f"the LoRA does not fit this model at {path}: it updates {updated}, "
+            f"the model has {tuple(weight.shape)}: it was made for another model"
+        )

@@ -17,7 +17,7 @@ from dragdiff import output
 from dragdiff.callbacks import DragCallback
 from dragdiff.editor import OneModel, enough_memory
 from dragdiff.errors import UserError
-from dragdiff.models.drag import LatentDrag
+from dragdiff.models.drag import Drag
 from dragdiff.modules.features import FeatureMap
 from dragdiff.ui.worker import Cancelled, Task
 
@@ -28,9 +28,9 @@ class FinishOnRequest(DragCallback):
     def __init__(self, finish: Event) -> None:
         self.finish = finish
 
-    def on_features(self, trainer: L.Trainer, module: LatentDrag, features: FeatureMap) -> None:
+    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
         if self.finish.is_set():
-            module.stop("stopped")
+            drag.stop("stopped")
 
 
 class Runner:
