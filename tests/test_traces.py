@@ -79,6 +79,7 @@ class Recorder(DragCallback):
         self.latents: list[Tensor] = []
 
     def on_train_start(self, trainer: L.Trainer, module: LatentDrag) -> None:
+        self.module = module
         self.plain.__enter__()
 
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
@@ -116,6 +117,11 @@ class Replay:
     @property
     def drag(self) -> Drag:
         return self.recorder.drag
+
+    def probe(self, latent: Tensor) -> tuple[Tensor, FeatureMap]:
+        """The network's output and features, as the drag has them."""
+        output, (features,) = self.recorder.module.probe(latent, [0], True)
+        return output, features
 
     @property
     def t(self) -> Tensor:
@@ -312,7 +318,7 @@ def test_first_forward(replay, attention):
         output, (features,) = forward_with_features(
             lambda: backbone.predict(rows, replay.t, replay.embeddings), blocks, need_output=True
         )
-        guided, _ = replay.drag.probe(replay.source, True)
+        guided, _ = replay.probe(replay.source)
     near(output, trace["unet_out_0"], FORWARD)
     near(features[:, ::4], trace["F0_raw"], FORWARD)
     grid = tuple(side // 2 for side in replay.sample.image.shape[:2])
@@ -342,7 +348,7 @@ def test_each_step_from_its_recorded_state(replay):
     for step in steps:
         latent = replay.latent_before(step).requires_grad_()
         with replay.model():
-            output, features = drag.probe(latent, True)
+            output, features = replay.probe(latent)
         if 0 < step <= len(trace["track_before_seq"]):
             moved = tracking.nearest(
                 features,
