@@ -21,7 +21,7 @@ from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
     from dragdiff.data.sample import EditSample
-    from dragdiff.editor import Editor
+    from dragdiff.editor import Editor, EditResult, Request
 
 DEFAULT_EXAMPLE = "example:sun"
 ANCHOR = [[[0, 0], [0, 0]]]  # a pair that moves nothing, where only the picture counts
@@ -195,11 +195,22 @@ def edit(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if config.generate.enabled and not config.points:
         return _each_sample(config, _generate_one, need_points=False)
-    return _each_sample(config, _edit_one)
+    return _each_sample(config, _edit_batch, batch=config.edit.batch)
 
 
-def _edit_one(editor: Editor, sample: EditSample, folder: Path) -> str:
-    result = editor.edit_and_save(sample, folder)
+def _edit_batch(editor: Editor, requests: Sequence[Request]) -> list[str | UserError]:
+    if len(requests) == 1:
+        (request,) = requests
+        assert request.folder is not None
+        return [_said(editor.edit_and_save(request.sample, request.folder), request.folder)]
+    results = editor.edit_and_save_batch(requests)
+    return [
+        result if isinstance(result, UserError) else _said(result, request.folder)
+        for request, result in zip(requests, results, strict=True)
+    ]
+
+
+def _said(result: EditResult, folder: Path | None) -> str:
     reasons = {"reached": "all handles arrived", "steps": "all steps done"}
     lines = [
         f"wrote {folder}/: edited.png, comparison.png, trajectory.gif, metrics.json, config.yaml",
@@ -210,16 +221,18 @@ def _edit_one(editor: Editor, sample: EditSample, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _generate_one(editor: Editor, sample: EditSample, folder: Path) -> str:
+def _generate_one(editor: Editor, requests: Sequence[Request]) -> list[str | UserError]:
     from PIL import Image
 
     from dragdiff import output
 
+    ((sample, folder),) = [(request.sample, request.folder) for request in requests]
+    assert folder is not None
     picture, _ = editor.generate(sample.prompt)
     path = folder / "generated.png"
     with output.written(path) as file:
         Image.fromarray(picture).save(file)
-    return f"wrote {path}; to drag it, add points=[[[x,y],[x,y]],...] to the same command"
+    return [f"wrote {path}; to drag it, add points=[[[x,y],[x,y]],...] to the same command"]
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -234,14 +247,16 @@ def train(arguments: argparse.Namespace) -> int:
     return _each_sample(config, _train_one, suffix="-lora", need_points=False)
 
 
-def _train_one(editor: Editor, sample: EditSample, folder: Path) -> str:
+def _train_one(editor: Editor, requests: Sequence[Request]) -> list[str | UserError]:
     from dragdiff.loggers import open_logger
     from dragdiff.modules import lora
 
+    ((sample, folder),) = [(request.sample, request.folder) for request in requests]
+    assert folder is not None
     with open_logger(editor.config, name=folder.name, folder=folder) as logger:
         trained = editor.finetune(sample, folder=folder, logger=logger)
     assert trained is not None
-    return f"wrote {lora.save(trained, folder)}; use it with lora.path={folder}"
+    return [f"wrote {lora.save(trained, folder)}; use it with lora.path={folder}"]
 
 
 def study(arguments: argparse.Namespace) -> int:
@@ -323,12 +338,13 @@ def convert(arguments: argparse.Namespace) -> int:
 
 def _each_sample(
     config: Config,
-    work: Callable[[Editor, EditSample, Path], str],
+    work: Callable[[Editor, Sequence[Request]], list[str | UserError]],
     *,
     suffix: str = "",
     need_points: bool = True,
+    batch: int = 1,
 ) -> int:
-    """Do the work for each sample in a folder of its own and print what it says.
+    """Do the work for each sample, in a folder of its own, and print what it says.
 
     Whatever can be known to be wrong is said before a model is loaded. One failed sample of many is passed over.
     """
@@ -350,28 +366,49 @@ def _each_sample(
             stacklevel=2,
         )
 
-    from dragdiff.editor import Editor, enough_memory
+    from dragdiff.editor import Editor, Request, enough_memory
 
     with closing(Bars()) as bars:
-        editor = Editor(config, report=bars)
-        for number, (job, sample) in enumerate(jobs):
-            editor.config = job
-            folder = output.new_folder(job)
+        editor, done = Editor(config, report=bars), 0
+        for group in _batches(jobs, batch, editor):
+            editor.config = group[0][0]
+            requests = [Request(sample, job, output.new_folder(job)) for job, sample in group]
+            outcomes: list[str | UserError]
             try:
                 with enough_memory():
-                    summary = work(editor, sample, folder)
-                bars.close()
-                print(summary)
+                    outcomes = work(editor, requests)
             except UserError as error:
                 if total == 1:
                     raise
-                bars.close()
-                failures.append(_failed(sample.name, error))
+                outcomes = [error] * len(requests)
             except KeyboardInterrupt:
-                kept = ", ".join(sorted(path.name for path in folder.iterdir()))
-                done = f"; {number} of {total} samples are finished" if total > 1 else ""
-                raise KeyboardInterrupt(f"{bars}; {folder}/ keeps {kept}{done}") from None
+                kept = "; ".join(_kept(request.folder) for request in requests if request.folder)
+                finished = f"; {done} of {total} samples are finished" if total > 1 else ""
+                raise KeyboardInterrupt(f"{bars}; {kept}{finished}") from None
+            bars.close()
+            for request, outcome in zip(requests, outcomes, strict=True):
+                if isinstance(outcome, UserError):
+                    failures.append(_failed(request.sample.name, outcome))
+                else:
+                    print(outcome)
+            done += len(requests)
     return _report_failures(failures, total)
+
+
+def _batches(
+    jobs: Sequence[tuple[Config, EditSample]], size: int, editor: Editor
+) -> list[Sequence[tuple[Config, EditSample]]]:
+    """The jobs in groups of at most `size` that can run together, as far as possible in their order."""
+    if size == 1:
+        return [[job] for job in jobs]
+    classes: dict[Any, list[tuple[Config, EditSample]]] = {}
+    for job in jobs:
+        classes.setdefault(editor.size_class(job[1]), []).append(job)
+    return [group[start : start + size] for group in classes.values() for start in range(0, len(group), size)]
+
+
+def _kept(folder: Path) -> str:
+    return f"{folder}/ keeps {', '.join(sorted(path.name for path in folder.iterdir()))}"
 
 
 def _failed(name: str, error: UserError) -> tuple[str, str]:

@@ -193,6 +193,18 @@ class ControlConfig:
 
 
 @dataclass
+class EditConfig:
+    """How edits are worked off."""
+
+    batch: int = option(
+        1,
+        "samples with latents of one size that are fine-tuned and dragged together; results differ by rounding alone",
+        at_least(1),
+        local=True,
+    )
+
+
+@dataclass
 class OutputConfig:
     """What is written where."""
 
@@ -261,6 +273,7 @@ class Config:
     ddim: DDIMConfig = field(default_factory=DDIMConfig)
     drag: DragConfig = field(default_factory=DragConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
+    edit: EditConfig = field(default_factory=EditConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -341,6 +354,11 @@ class StudyConfig:
     workers: int = option(0, "processes or Ray actors; 0 = one for each GPU, or one without", at_least(0))
     address: str = option("", "of a running Ray cluster, host:port, or auto; empty = Ray on this machine")
     threads: int = option(1, "CPU threads of each worker; results may depend on it in their last bits", at_least(1))
+    batch: int = option(
+        0,
+        "edits that a worker runs together, as edit.batch; 0 = as many as its GPU's memory takes, one by one on a CPU",
+        at_least(0),
+    )
     attempts: int = option(3, "workers that may die over one edit before it counts as failed", at_least(1))
     reference_mb: int = option(4096, "cache.reference_mb of all variants", at_least(0))
     logger: LoggerConfig = field(default_factory=LoggerConfig)

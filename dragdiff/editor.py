@@ -22,7 +22,7 @@ from torch import Tensor
 from dragdiff import cache, output
 from dragdiff.callbacks import Frames, PointTracking, Progress, Spectator, Trajectory, Watch
 from dragdiff.callbacks.checkpoint import LoRACheckpoint, LoRASnapshots
-from dragdiff.config import Config, DragConfig, ModelConfig, check, load_config
+from dragdiff.config import Config, DragConfig, ModelConfig, check, load_config, walk
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
 from dragdiff.loggers import log_result, open_logger
@@ -79,14 +79,14 @@ class EditResult:
 
 @dataclass(frozen=True)
 class Request:
-    """One edit of a batch; all but `drag` as for `Editor.edit`.
+    """One edit of a batch; all but `config` as for `Editor.edit`.
 
     Attributes:
-        drag: in place of the editor's, with the same `features`; None = the editor's.
+        config: in place of the editor's, with the same `shared_settings`; None = the editor's.
     """
 
     sample: EditSample
-    drag: DragConfig | None = None
+    config: Config | None = None
     folder: Path | None = None
     logger: Logger | None = None
     callbacks: Sequence[L.Callback] = ()
@@ -100,6 +100,7 @@ class _Edit:
     Attributes:
         number: of its request.
         picture: number of its source picture, which other edits of the batch may share.
+        config: its settings.
         sample, working: as asked for, and at the size that is worked on.
         keep: (1, 1, h, w), 1 where the latent may not change; None without a mask.
     """
@@ -107,9 +108,9 @@ class _Edit:
     number: int
     picture: int
     request: Request
+    config: Config
     sample: EditSample
     working: EditSample
-    settings: DragConfig
     keep: Tensor | None
     trajectory: Trajectory = dataclasses.field(default_factory=Trajectory)
     frames: Frames | None = None
@@ -254,21 +255,19 @@ class Editor:
             self._save(result, folder, logger)
         return result
 
-    def edit_and_save_batch(
-        self, samples: Sequence[EditSample], folders: Sequence[str | Path]
-    ) -> list[EditResult | UserError]:
-        """As `edit_batch`; writes each into its folder, and logs as `config.logger` says.
+    def edit_and_save_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
+        """As `edit_batch`; writes each into its `folder`, and logs as `config.logger` says.
 
         Raises:
             UserError: as `edit_batch`; also, before any work, where a folder can't be made.
         """
-        places = [_made(folder) for folder in folders]
+        folders = [_made(request.folder or self.config.output.folder) for request in requests]
         # W&B has one run at a time: each is opened when its edit is finished, and told what happened
-        loggers = [Recording() if self.config.logger.kind != "none" else None for _ in samples]
+        loggers = [Recording() if self.config.logger.kind != "none" else None for _ in requests]
         results = self.edit_batch(
-            [Request(s, folder=f, logger=log) for s, f, log in zip(samples, places, loggers, strict=True)]
+            [dataclasses.replace(r, folder=f, logger=log) for r, f, log in zip(requests, folders, loggers, strict=True)]
         )
-        for result, folder, recording in zip(results, places, loggers, strict=True):
+        for result, folder, recording in zip(results, folders, loggers, strict=True):
             if isinstance(result, EditResult):
                 with open_logger(result.config, name=folder.name, folder=folder) as logger:
                     if recording is not None:
@@ -398,13 +397,16 @@ class Editor:
         sizes = {self.size_class(request.sample) for request in requests}
         if len(sizes) > 1:
             raise UserError(f"the pictures of a batch need latents of one size, these have {sorted(sizes)}")
-        for settings in (request.drag for request in requests if request.drag is not None):
-            check_settings(dataclasses.replace(self.config, drag=settings))
-            if settings.features != self.config.drag.features:
-                raise UserError(
-                    f"drag.features is {settings.features}: the drags of a batch compare the same blocks, here "
-                    f"{self.config.drag.features}"
-                )
+        ours = shared_settings(self.config)
+        for config in (request.config for request in requests if request.config is not None):
+            check_settings(config)
+            theirs = shared_settings(config)
+            for key in ours:
+                if ours[key] != theirs[key]:
+                    raise UserError(
+                        f"{key} is {theirs[key]!r} in one edit and {ours[key]!r} in another: the edits of a batch may "
+                        "differ in their samples and in what drag.* says, drag.features apart"
+                    )
 
     def _begin(
         self, requests: Sequence[Request], samples: Sequence[EditSample], outcomes: dict[int, EditResult | UserError]
@@ -414,15 +416,15 @@ class Editor:
         pictures: dict[tuple[str, str], EditSample] = {}
         for number, (request, sample) in enumerate(zip(requests, samples, strict=True)):
             working = sample if self.config.generate.enabled else self._working(sample)
-            settings = request.drag or self.config.drag
+            config = request.config or self.config
             try:
-                keep = self._keep(working, settings)
+                keep = self._keep(working, config.drag)
             except UserError as error:
                 outcomes[number] = error
                 continue
             key = (cache.digest(image=working.image), sample.prompt)
             pictures.setdefault(key, working)
-            edits.append(_Edit(number, list(pictures).index(key), request, sample, working, settings, keep))
+            edits.append(_Edit(number, list(pictures).index(key), request, config, sample, working, keep))
         return edits, list(pictures.values())
 
     def _adapters(
@@ -592,7 +594,7 @@ class Editor:
         index = len(scheduler.timesteps) - self.drag_steps_of_schedule
         t = scheduler.timesteps[index]
         alphas = scheduler.alphas_cumprod[int(t)], ddim.alpha_before(scheduler, index)
-        grids = [self._grid(edit.working, edit.settings) for edit in edits]
+        grids = [self._grid(edit.working, edit.config.drag) for edit in edits]
 
         def probe(
             latents: Tensor, numbers: Sequence[int], need_output: bool
@@ -629,7 +631,7 @@ class Editor:
         self, edit: _Edit, source: Tensor, denoiser: Denoiser, t: Tensor, alpha: Tensor, alpha_before: Tensor
     ) -> Drag:
         """The drag of an edit, with its callbacks."""
-        sample, working, settings, request = edit.sample, edit.working, edit.settings, edit.request
+        sample, working, settings, request = edit.sample, edit.working, edit.config.drag, edit.request
         grid, size, prediction_type = (
             self._grid(working, settings),
             working.image.shape[:2],
@@ -646,7 +648,7 @@ class Editor:
         edit.frames = Frames(
             preview,
             draw=lambda picture: output.frame(picture, sample, self._way(edit, edit.trajectory.positions)),
-            every=self.config.output.frames_every,
+            every=edit.config.output.frames_every,
             folder=request.folder and request.folder / "frames",
             logger=request.logger,
         )
@@ -783,7 +785,7 @@ class Editor:
 
     def _result(self, edit: _Edit, image: np.ndarray, batch: int) -> EditResult:
         assert edit.drag is not None and edit.frames is not None
-        to_px = {"image_size": edit.sample.image.shape[:2], "grid": self._grid(edit.working, edit.settings)}
+        to_px = {"image_size": edit.sample.image.shape[:2], "grid": self._grid(edit.working, edit.config.drag)}
         return EditResult(
             sample=edit.sample,
             image=image,
@@ -796,7 +798,7 @@ class Editor:
             ],
             seconds={stage: seconds / batch for stage, seconds in self.seconds.items()},
             peak_memory_mb=peak_memory_mb(self.backbone.device),
-            config=dataclasses.replace(self.config, drag=edit.settings),
+            config=edit.config,
         )
 
     # ------------------------------------------------------------------------------- pieces
@@ -822,7 +824,7 @@ class Editor:
 
     def _way(self, edit: _Edit, positions: Sequence[Tensor]) -> np.ndarray:
         """Handles on the working size's grid, one (N, 2) for each step, as (K, N, 2), (x, y) in px of the sample."""
-        to_px = {"image_size": edit.sample.image.shape[:2], "grid": self._grid(edit.working, edit.settings)}
+        to_px = {"image_size": edit.sample.image.shape[:2], "grid": self._grid(edit.working, edit.config.drag)}
         way = np.stack([points.to_image(position, **to_px).numpy() for position in positions])
         way[0] = edit.sample.handles  # where the person clicked, not its rounding to the grid
         return way
@@ -986,6 +988,14 @@ def peak_memory_mb(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+_AN_EDITS_OWN = ("sample", "image", "prompt", "points", "mask", "drag.", "output.", "edit.")
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """The settings in which the edits of a batch must agree, by key."""
+    return {key: value for key, _, value in walk(config) if key == "drag.features" or not key.startswith(_AN_EDITS_OWN)}
 
 
 def _made(folder: str | Path) -> Path:

@@ -97,7 +97,7 @@ def test_no_edit_sees_another(backbone):
 
 def test_drags_of_one_picture_differ_in_their_loss_and_share_the_rest(backbone, monkeypatch):
     settings = [
-        load_config(overrides=[*QUICK, *more]).drag
+        load_config(overrides=[*QUICK, "output.frames_every=0", *more])
         for more in (
             ["drag.lr=0.05"],
             ["drag.steps=2", "drag.motion_radius=3", "drag.tracking_radius=1"],
@@ -105,10 +105,7 @@ def test_drags_of_one_picture_differ_in_their_loss_and_share_the_rest(backbone, 
             ["drag.grid_scale=1", "drag.mask_weight=2"],
         )
     ]
-    alone = [
-        Editor(dataclasses.replace(load_config(overrides=QUICK), drag=drag), backbone).edit(SAMPLES[1])
-        for drag in settings
-    ]
+    alone = [Editor(config, backbone).edit(SAMPLES[1]) for config in settings]
     rows: Counter[str] = Counter()
     predict, invert = backbone.predict, ddim.invert
 
@@ -122,10 +119,10 @@ def test_drags_of_one_picture_differ_in_their_loss_and_share_the_rest(backbone, 
 
     monkeypatch.setattr(backbone, "predict", counted)
     monkeypatch.setattr(ddim, "invert", inverted)
-    together = editor(backbone, "output.frames_every=0").edit_batch([Request(SAMPLES[1], drag) for drag in settings])
-    for result, before, drag in zip(together, alone, settings, strict=True):
-        assert_same(dataclasses.replace(result, frames=before.frames), before)
-        assert result.config.drag == drag
+    together = editor(backbone).edit_batch([Request(SAMPLES[1], config) for config in settings])
+    for result, before, config in zip(together, alone, settings, strict=True):
+        assert_same(result, before)
+        assert result.config == config
     assert rows["inverted"] == 1
     lora_rows, inversion, drags, edited, source = 3 * 2, 2, 5 + 2 + 5 + 5, 4 * 2, 2
     assert rows["predict"] == lora_rows + inversion + drags + edited + source
@@ -215,9 +212,9 @@ def test_one_that_fails_takes_nothing_from_the_others(backbone):
     tiny = np.zeros((64, 64), np.uint8)
     tiny[0, 1] = 255  # vanishes at the latent's size
     samples = [SAMPLES[0], dataclasses.replace(SAMPLES[1], mask=tiny), SAMPLES[1]]
-    settings = [None, None, load_config(overrides=[*QUICK, "drag.lr=500"]).drag]
+    settings = [None, None, load_config(overrides=[*QUICK, "drag.lr=500"])]
     first, small, diverged = editor(backbone).edit_batch(
-        [Request(sample, drag) for sample, drag in zip(samples, settings, strict=True)]
+        [Request(sample, config) for sample, config in zip(samples, settings, strict=True)]
     )
     assert_same(first, editor(backbone).edit(SAMPLES[0]))
     assert isinstance(small, UserError) and "vanishes" in str(small)
@@ -242,8 +239,9 @@ def test_a_lora_that_diverges_is_the_end_of_its_own_edits(backbone, monkeypatch)
     [
         ([], "at least one"),
         ([Request(SAMPLES[0]), Request(WIDE)], r"one size.*\(8, 12\)"),
-        ([Request(SAMPLES[0], load_config(overrides=["drag.features=[mid_block]"]).drag)], "the same blocks"),
-        ([Request(SAMPLES[0], dataclasses.replace(load_config().drag, lr=-1))], "drag.lr"),
+        ([Request(SAMPLES[0], load_config(overrides=[*QUICK, "drag.features=[mid_block]"]))], r"drag\.features is"),
+        ([Request(SAMPLES[0], load_config(overrides=[*QUICK, "lora.rank=4"]))], r"lora\.rank is 4 .* and 3 in"),
+        ([Request(SAMPLES[0], load_config(overrides=[*QUICK, "drag.tracker=none"]))], r"drag\.tracker"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_into_a_batch_is_said_before_any_work(backbone, requests, message):
@@ -260,9 +258,8 @@ def test_files_and_logs_are_those_of_single_edits(backbone, tmp_path):
     settings = ["logger.kind=csv", "lora.steps=2"]
     for sample in SAMPLES[:2]:
         editor(backbone, *settings).edit_and_save(sample, tmp_path / "alone" / sample.name)
-    editor(backbone, *settings).edit_and_save_batch(
-        SAMPLES[:2], [tmp_path / "together" / sample.name for sample in SAMPLES[:2]]
-    )
+    requests = [Request(sample, folder=tmp_path / "together" / sample.name) for sample in SAMPLES[:2]]
+    editor(backbone, *settings).edit_and_save_batch(requests)
     for name in ("one", "two"):
         alone, together = tmp_path / "alone" / name, tmp_path / "together" / name
         files = {str(path.relative_to(alone)) for path in alone.rglob("*") if path.is_file()}
