@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,7 +195,8 @@ class Editor:
         """Drag several samples at once: their LoRAs are trained in one batch, their latents dragged in one.
 
         Results are those of `edit` but for rounding. (Under fp16 autocast an overflow in one holds all back for that
-        step.) The samples' pictures may be the same, then they share what depends on nothing else.
+        step.) The samples' pictures may be the same, then they share what depends on nothing else. Where a GPU's memory
+        is too small for all at once, they go on in halves.
 
         Args:
             requests: whose pictures have latents of one size, see `size_class`.
@@ -205,6 +207,23 @@ class Editor:
         Raises:
             UserError: the requests don't fit into one batch.
         """
+        try:
+            return self._edit_batch(requests)
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise
+        # outside of the clause the error is gone, and with it what it holds
+        self.forget()
+        warnings.warn(
+            f"the device's memory is too small for {len(requests)} edits at once: they go on in halves", stacklevel=2
+        )
+        for request in requests:
+            if isinstance(request.logger, Recording):
+                request.logger.clear()
+        middle = len(requests) // 2
+        return [*self.edit_batch(requests[:middle]), *self.edit_batch(requests[middle:])]
+
+    def _edit_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
         self.seconds = {}
         if self.backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.backbone.device)
@@ -219,19 +238,20 @@ class Editor:
         outcomes: dict[int, EditResult | UserError] = {}
         edits, pictures = self._begin(requests, samples, outcomes)
         adapters = self._adapters(pictures, edits, outcomes)
-        with self._frozen(), self._adapted(adapters) as rows, self._freeu():
-            embeddings = self._embeddings([picture.prompt for picture in pictures])
-            denoiser = Denoiser(self.backbone, embeddings, guidance=self._guidance, adapters=rows)
-            inputs = self._inputs_of_each(adapters, rows)
-            if path:
-                sources = path[len(path) - 1 - self.drag_steps_of_schedule]
-            else:
-                sources = self._invert(pictures, denoiser, inputs)
-            edits = self._finite(edits, sources, outcomes)
-            self._drag(edits, sources, denoiser)
-            images = self._denoise(edits, sources, denoiser, scheduler, inputs)
-        for edit, image in zip(edits, images, strict=True):
-            outcomes[edit.number] = self._result(edit, image, len(edits))
+        if edits:
+            with self._frozen(), self._adapted(adapters) as rows, self._freeu():
+                embeddings = self._embeddings([picture.prompt for picture in pictures])
+                denoiser = Denoiser(self.backbone, embeddings, guidance=self._guidance, adapters=rows)
+                inputs = self._inputs_of_each(adapters, rows)
+                if path:
+                    sources = path[len(path) - 1 - self.drag_steps_of_schedule]
+                else:
+                    sources = self._invert(pictures, denoiser, inputs)
+                edits = self._finite(edits, sources, outcomes)
+                self._drag(edits, sources, denoiser)
+                images = self._denoise(edits, sources, denoiser, scheduler, inputs)
+            for edit, image in zip(edits, images, strict=True):
+                outcomes[edit.number] = self._result(edit, image, len(edits))
         return [outcomes[number] for number in range(len(requests))]
 
     def size_class(self, sample: EditSample) -> points.Size:

@@ -17,6 +17,7 @@ from dragdiff import Editor, EditSample
 from dragdiff.config import load_config
 from dragdiff.editor import EditResult, Request
 from dragdiff.errors import UserError
+from dragdiff.models.trainer import Recording
 from dragdiff.modules import ddim, lora
 from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.images import to_tensor
@@ -232,6 +233,30 @@ def test_a_lora_that_diverges_is_the_end_of_its_own_edits(backbone, monkeypatch)
     first, bad = editor(backbone).edit_batch([Request(SAMPLES[0]), Request(SAMPLES[1])])
     assert isinstance(first, EditResult) and first.steps > 0
     assert isinstance(bad, UserError) and "lora.lr" in str(bad)
+
+
+def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatch):
+    predict, rows = backbone.predict, []
+
+    def small(latents: Tensor, *args: Any) -> Tensor:
+        if len(latents) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        rows.append(len(latents))
+        return predict(latents, *args)
+
+    monkeypatch.setattr(backbone, "predict", small)
+    logger = Recording()
+    with pytest.warns(UserWarning, match="too small for 3 edits at once"):
+        results = editor(backbone).edit_batch([Request(SAMPLES[0], logger=logger), *map(Request, SAMPLES[1:])])
+    assert max(rows) == 4  # two LoRAs, two draws each
+    monkeypatch.undo()
+    for result, sample in zip(results, SAMPLES, strict=True):
+        assert_same(result, editor(backbone).edit(sample))
+    assert [step for name, (values, step), _ in logger._calls if name == "log_metrics" and "lora/loss" in values] == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,12 @@ class Recording(Logger):
     def log_hyperparams(self, *_: Any) -> None:
         """Nothing: as for `Each`."""
 
+    def clear(self) -> None:
+        """Forget: what was told begins anew."""
+        self._calls.clear()
+
     def replay(self, logger: Any) -> None:
+        """Tell it all to another logger."""
         for name, args, kwargs in self._calls:
             if hasattr(logger, name):
                 getattr(logger, name)(*args, **kwargs)

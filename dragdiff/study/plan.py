@@ -27,8 +27,9 @@ from dragdiff.modules.lora import load as load_lora
 SCENES = "scenes"  # in place of a folder of samples
 TRIES = 100  # draws for each that is wanted, where most were drawn before
 LARGE = 1e300  # beyond it a difference overflows
-_STUDYS = dict.fromkeys(("sample", "image", "prompt", "points", "mask"), "data") | {"seed": "seeds"}
-_WITHOUT_EFFECT = ("sample", "image", "prompt", "points", "mask", "model.", "output.", "logger.", "cache.")
+_STUDYS = dict.fromkeys(("sample", "image", "prompt", "points", "mask"), "data")
+_STUDYS |= {"seed": "seeds", "edit.batch": "batch"}
+_WITHOUT_EFFECT = ("sample", "image", "prompt", "points", "mask", "model.", "edit.", "output.", "logger.", "cache.")
 
 
 @dataclass(frozen=True)

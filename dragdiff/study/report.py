@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 Means = Mapping[tuple[str, str, str], Any]  # of (category, column, variant): a row of `table.summary`
 
-PLACE = ("extends", "results", "executor", "workers", "address", "attempts", "reference_mb", "logger")
+PLACE = ("extends", "results", "executor", "workers", "address", "batch", "attempts", "reference_mb", "logger")
 LISTED = 8  # samples named for each reason of a failure
 HEADINGS = {"distances": "Distances", "pictures": "Likeness to source and truth", "accuracy": "Dragging accuracy"}
 CAPTIONS = {
