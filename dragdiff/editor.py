@@ -323,20 +323,24 @@ class Editor:
             raise trained
         return trained
 
-    def share_lora(self, sample: EditSample, steps: Collection[int]) -> None:
-        """Train the sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
-        sample = self._working(sample)
-        missing = {count: key for count in steps if (key := self._lora_key(sample, count)) not in self._loras}
+    def share_loras(self, samples: Sequence[EditSample], steps: Collection[int]) -> None:
+        """Train each sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
+        samples = [self._working(sample) for sample in samples]
+        keys = {(row, count): self._lora_key(sample, count) for row, sample in enumerate(samples) for count in steps}
+        missing = [place for place, key in keys.items() if key not in self._loras]
         if not missing or not self.config.cache.enabled:
             return
+        rows = sorted({row for row, _ in missing})
 
-        def keep(count: int, trained: lora.LoRA) -> None:
-            if _is_finite(trained):
-                self._loras.put(missing[count], trained, save=lora.save)
+        def keep(number: int, count: int, trained: lora.LoRA) -> None:
+            if (place := (rows[number], count)) in missing and _is_finite(trained):
+                self._loras.put(keys[place], trained, save=lora.save)
 
-        longest = dataclasses.replace(self.config.lora, steps=max(missing))
+        most = max(count for _, count in missing)
+        longest = dataclasses.replace(self.config.lora, steps=most)
+        # one that diverges says so where it is used
         self.reconfigured(dataclasses.replace(self.config, lora=longest))._train_loras(
-            [sample], [None], snapshots=missing, keep=keep
+            [samples[row] for row in rows], [None] * len(rows), snapshots=steps, keep=keep
         )
 
     def reconfigured(self, config: Config) -> Editor:
@@ -491,9 +495,13 @@ class Editor:
         *,
         folder: Path | None = None,
         snapshots: Collection[int] = (),
-        keep: Callable[[int, lora.LoRA], None] = lambda steps, trained: None,
+        keep: Callable[[int, int, lora.LoRA], None] = lambda number, steps, trained: None,
     ) -> list[lora.LoRA | UserError]:
-        """Train a LoRA on each sample, all in one batch. The folder, snapshots and a resumed run are for one sample."""
+        """Train a LoRA on each sample, all in one batch; a folder, or a run to resume, is for one sample.
+
+        Args:
+            snapshots: numbers of steps after which `keep` is given the sample's number, the steps and the LoRA.
+        """
         settings, backbone = self.config.lora, self.backbone
         scheduler = backbone.scheduler(self.config.ddim.steps)
         inputs = self._lora_inputs(samples[0])
@@ -519,10 +527,12 @@ class Editor:
                     scheduler=scheduler,
                     settings=inputs,
                 )
-                callbacks: list[L.Callback] = [
-                    Progress(advance),
-                    LoRASnapshots(snapshots, lambda steps: keep(steps, current(0))),
-                ]
+
+                def keep_all(steps: int) -> None:
+                    for number in range(len(samples)):
+                        keep(number, steps, current(number))
+
+                callbacks: list[L.Callback] = [Progress(advance), LoRASnapshots(snapshots, keep_all)]
                 if folder is not None and settings.save_every:
                     callbacks.append(LoRACheckpoint(lambda: current(0), folder, every=settings.save_every))
                 fit(

@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from PIL import Image
 from torch import Tensor
 
 from dragdiff import Editor, EditSample
-from dragdiff.config import load_config
+from dragdiff.cli import main_edit
+from dragdiff.config import load_config, load_study
+from dragdiff.data.readers import write_folder
 from dragdiff.editor import EditResult, Request
 from dragdiff.errors import UserError
 from dragdiff.models.trainer import Recording
 from dragdiff.modules import ddim, lora
 from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.images import to_tensor
+from dragdiff.study import runner
+from dragdiff.study.plan import expand
 
 QUICK = [
     "cache.enabled=false",
@@ -328,3 +334,84 @@ def test_a_batch_trains_and_inverts_only_what_is_missing(backbone, tmp_path):
     stages.clear()
     editor(backbone, *settings, report=report).edit(SAMPLES[2])  # what the batch kept serves single edits
     assert set(stages) == {("LoRA", "from the cache"), ("inversion", "from the cache")}
+
+
+def folder_of(tmp_path: Path) -> Path:
+    """Four samples of two sizes, one of them bad."""
+    for name, sample in {"a": SAMPLES[0], "b": WIDE, "c": SAMPLES[1], "d": SAMPLES[0]}.items():
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        write_folder(sample, tmp_path / "samples" / name)
+    (tmp_path / "samples" / "d" / "edit.json").write_text("{")
+    return tmp_path / "samples"
+
+
+def test_the_command_edits_a_folder_in_batches(tiny_sd, tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path)
+    batches: list[int] = []
+    edit_batch = Editor.edit_batch
+
+    def counted(self: Editor, requests: Any) -> Any:
+        batches.append(len(requests))
+        return edit_batch(self, requests)
+
+    monkeypatch.setattr(Editor, "edit_batch", counted)
+    settings = [f"model.path={tiny_sd}", *QUICK, "lora.steps=1", f"sample={folder}"]
+    assert main_edit([*settings, f"output.folder={tmp_path / 'alone'}"]) == 2
+    assert batches == [1, 1, 1]
+    assert main_edit([*settings, f"output.folder={tmp_path / 'together'}", "edit.batch=8"]) == 2
+    assert batches[3:] == [2, 1]
+    said = capsys.readouterr()
+    assert said.out.count("wrote") == 6 and said.err.count("passing over d") == 2
+    for name in "abc":
+        one, other = (np.asarray(Image.open(tmp_path / way / name / "edited.png")) for way in ("alone", "together"))
+        assert np.abs(one.astype(int) - other.astype(int)).mean() < 0.5
+        config = load_config([tmp_path / "together" / name / "config.yaml"])
+        assert config.sample == str(folder / name)
+
+
+# ------------------------------------------------------------------------------------------- studies
+
+
+def test_a_study_runs_its_edits_in_batches(tiny_sd, tmp_path, monkeypatch):
+    """Of several pictures, and several variants whose difference is in the loss; scores are those of one by one."""
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        yaml.safe_dump(
+            {
+                "base": ["debug"],
+                "settings": {
+                    "model": {"path": str(tiny_sd), "device": "cpu"},
+                    "lora": {"steps": 2, "rank": 2, "resolution": 64},
+                    "drag": {"steps": 4},
+                    "cache": {"enabled": True, "folder": str(tmp_path / "cache")},
+                },
+                "data": {"path": "scenes", "scenes": 2, "categories": ["sun"]},
+                "grid": {"drag.lr": [0.01, 0.1], "ddim.steps": [4, 5]},
+                "metrics": {"names": ["scene"]},
+            }
+        )
+    )
+    batches: list[int] = []
+    edit_batch = Editor.edit_batch
+
+    def counted(self: Editor, requests: Any) -> Any:
+        batches.append(len(requests))
+        return edit_batch(self, requests)
+
+    monkeypatch.setattr(Editor, "edit_batch", counted)
+    found = {}
+    for batch in (0, 3, 4):
+        results = tmp_path / f"results-{batch}"
+        plan = expand(load_study(study, [f"results={results}", f"batch={batch}"]))
+        summary = runner.run(plan)
+        assert summary.done == summary.total == 8 + 2 * 3 and not summary.failed
+        found[batch] = {
+            path.parent.name: np.asarray(Image.open(path)) for path in sorted(results.glob("results/*/edited.png"))
+        }
+        sizes = {0: [1] * 8, 3: [3, 3, 1, 1], 4: [4, 4]}[batch]
+        assert sorted(batches, reverse=True) == sizes
+        batches.clear()
+    assert found[0].keys() == found[3].keys() == found[4].keys()
+    for key, picture_alone in found[0].items():
+        for batch in (3, 4):
+            assert np.abs(found[batch][key].astype(int) - picture_alone.astype(int)).mean() < 0.5

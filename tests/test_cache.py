@@ -346,7 +346,7 @@ def test_one_training_serves_several_numbers_of_steps(edits, tmp_path):
     editor, config, sample, computed = edits
     alone = [editor.reconfigured(config(f"lora.steps={n}", "cache.enabled=false")).finetune(sample) for n in (1, 2, 3)]
     computed.clear()
-    editor.share_lora(sample, [3, 1, 2])
+    editor.share_loras([sample], [3, 1, 2])
     assert computed == ["LoRA"]
     shared = [editor.reconfigured(config(f"lora.steps={n}")).finetune(sample) for n in (1, 2, 3)]
     assert computed == ["LoRA"]
@@ -354,7 +354,7 @@ def test_one_training_serves_several_numbers_of_steps(edits, tmp_path):
         assert all(torch.equal(one.up[name], other.up[name]) for name in one.up)
         assert all(torch.equal(one.down[name], other.down[name]) for name in one.down)
         assert one.scale == other.scale
-    editor.share_lora(sample, [3, 1, 2])
+    editor.share_loras([sample], [3, 1, 2])
     assert computed == ["LoRA"]
 
 

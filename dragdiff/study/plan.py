@@ -17,7 +17,7 @@ from dragdiff.config import Config, StudyConfig, StudyDataConfig, flat, load_con
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import KINDS, UNIT, Scene, make_scene
-from dragdiff.editor import check_settings
+from dragdiff.editor import check_settings, shared_settings
 from dragdiff.errors import UserError
 from dragdiff.metrics import baselines
 from dragdiff.metrics.suite import check_metrics
@@ -88,6 +88,13 @@ class Task:
     config: Config | None
     baseline: str = ""
     lora_steps: tuple[int, ...] = ()
+
+    @cached_property
+    def batch_key(self) -> Any:
+        """Tasks with the same can be edited in one batch; a baseline is by itself."""
+        if self.config is None:
+            return self.key
+        return shared_settings(self.config), self.subject.sample.resized(self.config.data.max_size).image.shape
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,9 @@ class _Run:
         self.plan, self.store, self.summary, self.report = plan, store, summary, report
         self.jobs = deque(deque(job) for job in jobs)
         self.places: dict[int, Place] = {}
-        self.busy: dict[Future[Any], tuple[int, deque[Task]]] = {}
+        self.busy: dict[Future[Any], tuple[int, list[Task], deque[Task]]] = {}
         self.deaths: Counter[str] = Counter()
+        self.most = 1  # edits that a worker gets at once
 
     def loop(self) -> None:
         study = replace(self.plan.study, results=self.store.url)  # workers may be in another folder
@@ -125,7 +126,7 @@ class _Run:
                 for number in range(1, min(count, len(self.jobs))):
                     self._start(number)
                 self._next(0)
-                while any(job for _, job in self.busy.values()) or (self.jobs and self.busy):
+                while any(tasks for _, tasks, _ in self.busy.values()) or (self.jobs and self.busy):
                     for future in wait(self.busy, return_when=FIRST_COMPLETED).done:
                         self._settle(future, *self.busy.pop(future))
                 if self.jobs:
@@ -147,6 +148,7 @@ class _Run:
         note = "nothing to edit"
         if edits := [task for task in left if task.config and not self.store.has_result(task.key)]:
             pace = self._ask("pace", edits[0])
+            self.most = self._ask("most_at_once", edits[0])
             seconds = (pace or 0) * sum(amortised(edits).values()) / min(count, len(self.jobs))
             how_long = f", {duration(seconds)} at most if all drags take all their steps" if pace else ""
             note = f"{len(edits)} edits to do{how_long}"
@@ -177,7 +179,7 @@ class _Run:
             self.report("models", 0, 1, "waiting for room for a worker")
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        waiting = {number for number, _ in self.busy.values()}
+        waiting = {number for number, _, _ in self.busy.values()}
         number = next((number for number in self.places if number not in waiting), None)
         if number is None:
             number = max(self.places, default=0) + 1
@@ -204,40 +206,56 @@ class _Run:
     def _start(self, number: int) -> None:
         """A worker that gets its first task once it is there: a cluster may have no room for it for a while."""
         self.places[number] = self.open(number)
-        self.busy[self.places[number].submit("ping")] = (number, deque())
+        self.busy[self.places[number].submit("ping")] = (number, [], deque())
 
     def _next(self, number: int) -> None:
-        """Give a worker the next task of its job, or of another one."""
-        if self.jobs:
-            job = self.jobs.popleft()
-            self.busy[self.places[number].submit("run", job[0])] = (number, job)
-
-    def _settle(self, future: Future[Any], number: int, job: deque[Task]) -> None:
-        """Note what became of a job's first task (none: the worker has started) and give the worker another one."""
-        try:
-            outcome = future.result()
-        except WorkerDied:
-            self._replace(number, job)
+        """Give a worker the next tasks of a job: as many as can be edited at once, those of other jobs among them."""
+        if not self.jobs:
             return
-        if job:
-            self._count(job.popleft(), outcome)
+        job = self.jobs.popleft()
+        tasks = [job.popleft()]
+        for other in (job, *self.jobs):
+            self._take(tasks, other)
+        self.jobs = deque(job for job in self.jobs if job)
+        self.busy[self.places[number].submit("run", tasks)] = (number, tasks, job)
+
+    def _take(self, tasks: list[Task], job: deque[Task]) -> None:
+        """Move those of a job that can be edited with the tasks to them, as far as a worker gets so many."""
+        for task in list(job):
+            if len(tasks) >= self.most or tasks[0].key in self.deaths:
+                return
+            if task.key not in self.deaths and task.batch_key == tasks[0].batch_key:
+                job.remove(task)
+                tasks.append(task)
+
+    def _settle(self, future: Future[Any], number: int, tasks: list[Task], job: deque[Task]) -> None:
+        """Note what became of tasks (none: the worker has started) and give the worker others."""
+        try:
+            outcomes = future.result()
+        except WorkerDied:
+            self._replace(number, tasks, job)
+            return
+        for task, outcome in zip(tasks, outcomes or [], strict=True):
+            self._count(task, outcome)
         if job:
             self.jobs.appendleft(job)
         self._next(number)
 
-    def _replace(self, number: int, job: deque[Task]) -> None:
-        """A new worker for one that died. The task that it died of once too often counts as failed."""
-        cause = job[0].key if job else f"start of worker {number}"
-        self.deaths[cause] += 1
-        hopeless = self.deaths[cause] >= self.plan.study.attempts
-        if job and hopeless:
-            reason = f"{self.deaths[cause]} workers died over it (killed, or out of memory)"
-            record_failure(self.store, job[0], reason)
-            self._count(job.popleft(), Outcome(cause, failure=reason))
-        if job:
-            self.jobs.appendleft(job)
+    def _replace(self, number: int, tasks: list[Task], job: deque[Task]) -> None:
+        """A new worker for one that died. A task that so many died of counts as failed; each is tried by itself."""
+        attempts = self.plan.study.attempts
+        causes = [task.key for task in tasks] or [f"start of worker {number}"]
+        self.deaths.update(causes)
+        hopeless = len(causes) == 1 and self.deaths[causes[0]] >= attempts
+        if hopeless and tasks:
+            reason = f"{self.deaths[causes[0]]} workers died over it (killed, or out of memory)"
+            record_failure(self.store, tasks[0], reason)
+            self._count(tasks[0], Outcome(causes[0], failure=reason))
+            tasks = []
+        if left := deque([*tasks, *job]):
+            self.jobs.appendleft(left)
         self.places.pop(number).close()
-        if self.jobs and not (hopeless and cause.startswith("start")):
+        if self.jobs and not (hopeless and causes[0].startswith("start")):
             self._start(number)
 
     def _count(self, task: Task, outcome: Outcome) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,14 @@ from PIL import Image
 
 from dragdiff import output
 from dragdiff.config import Config, MetricsConfig, StudyConfig, to_yaml
-from dragdiff.editor import Editor, EditResult, OneModel
+from dragdiff.editor import Editor, EditResult, OneModel, Request
 from dragdiff.errors import UserError, one_line
 from dragdiff.metrics.suite import Suite, Values, metric_key
 from dragdiff.study.plan import Subject, Task, baseline_picture
 from dragdiff.study.store import RESULT, SCORES, Store, StoreError
+
+MOST = 8  # edits at once, where the study leaves it to the worker
+SHARE = 0.8  # of a GPU's free memory that edits may take
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Worker:
         self.study, self.device = study, device
         self.store = Store(study.results)
         self._model = OneModel()
-        self._pictured = ""
+        self._pictured: list[str] = []
+        self._room = study.batch or 1  # edits that fit into memory together
         self._suite: Suite | None = None
 
     def ping(self) -> None:
@@ -85,24 +89,42 @@ class Worker:
                 seconds.append(time.perf_counter() - start)
         return float(np.median(seconds[1:]))
 
-    def run(self, task: Task) -> Outcome:
-        """Edit, if there is no result yet; score it, if scores are missing. A failed edit is recorded, not raised.
+    def most_at_once(self, task: Task) -> int:
+        """How many edits to hand to this worker at once. Loads the model."""
+        assert task.config is not None
+        return self.study.batch or (MOST if self._configured(task.config).backbone.device.type == "cuda" else 1)
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Edit what has no result yet; score what has no scores. A failed edit is recorded, not raised.
+
+        Args:
+            tasks: one, or several whose edits fit into one batch (`Task.batch_key`).
 
         Raises:
             StoreError: the results can't be read or written.
         """
-        scores = self.store.read_json(f"results/{task.key}/{SCORES}") or {}
-        if self.store.has_result(task.key) and not missing_scores(scores, self.study.metrics):
-            return Outcome(task.key, scores)
+        scores = [self.store.read_json(f"results/{task.key}/{SCORES}") or {} for task in tasks]
+        left = [
+            task
+            for task, known in zip(tasks, scores, strict=True)
+            if not self.store.has_result(task.key) or missing_scores(known, self.study.metrics)
+        ]
+        done = {task.key: Outcome(task.key, known) for task, known in zip(tasks, scores, strict=True)}
+        with _threads(self.study.threads):
+            pictures = self._pictures(left)
+            done |= {task.key: self._scored(task, pictures[task.key]) for task in left}
+        return [done[task.key] for task in tasks]
+
+    def _scored(self, task: Task, picture: np.ndarray | Exception) -> Outcome:
         try:
-            with _threads(self.study.threads):
-                picture = self._edit(task)
-                scores = self._score(task, picture)
+            if isinstance(picture, Exception):
+                raise picture
+            scores = self._score(task, picture)
         except StoreError:
             raise
         except Exception as error:  # whatever an edit may run into: the study goes on
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-            record_failure(self.store, task, reason, traceback.format_exc())
+            record_failure(self.store, task, reason, "".join(traceback.format_exception(error)))
             return Outcome(task.key, failure=reason)
         self.store.remove(f"failures/{task.key}.json")
         return Outcome(task.key, scores)
@@ -119,37 +141,80 @@ class Worker:
                     found[subject.name] = values
         return found
 
-    def _edit(self, task: Task) -> np.ndarray:
-        """The task's picture (H, W, 3) uint8, from its result or made now."""
-        kept = self.store.read(f"results/{task.key}/edited.png") if self.store.has_result(task.key) else None
-        if kept is not None:
-            try:
-                return _picture(kept)
-            except (OSError, SyntaxError, ValueError):  # damaged
-                self.store.discard(task.key)
-        if task.config is None:
-            picture = baseline_picture(task.baseline, task.subject)
-            self.store.write_result(task.key, {"edited.png": _png(picture), RESULT: _json({"baseline": task.baseline})})
-            return picture
-        editor = self._configured(task.config)
-        if task.subject.name != self._pictured:
-            editor.forget()
-            self._pictured = task.subject.name
-        result = self._attempt(editor, task)
-        if result is None:  # what is kept for the picture's other edits may be what is too much
-            editor = editor.without_memory()
-            editor.share_lora(task.subject.sample, task.lora_steps)
-            result = editor.edit(task.subject.sample)
-        self.store.write_result(task.key, _files(result, task))
-        return result.image
+    def _pictures(self, tasks: Sequence[Task]) -> dict[str, np.ndarray | Exception]:
+        """Each task's picture (H, W, 3) uint8, from its result or made now, or why there is none; by key."""
+        pictures: dict[str, np.ndarray | Exception] = {}
+        left = []
+        for task in tasks:
+            kept = self._kept(task)
+            if kept is None and task.config is None:
+                kept = baseline_picture(task.baseline, task.subject)
+                files = {"edited.png": _png(kept), RESULT: _json({"baseline": task.baseline})}
+                self.store.write_result(task.key, files)
+            if kept is None:
+                left.append(task)
+            else:
+                pictures[task.key] = kept
+        while left:
+            at_once, left = left[: self._room], left[self._room :]
+            for task, result in zip(at_once, self._edited(at_once), strict=True):
+                if isinstance(result, EditResult):
+                    self.store.write_result(task.key, _files(result, task))
+                    pictures[task.key] = result.image
+                else:
+                    pictures[task.key] = result
+        return pictures
 
-    def _attempt(self, editor: Editor, task: Task) -> EditResult | None:
+    def _kept(self, task: Task) -> np.ndarray | None:
+        picture = self.store.read(f"results/{task.key}/edited.png") if self.store.has_result(task.key) else None
+        try:
+            return None if picture is None else _picture(picture)
+        except (OSError, SyntaxError, ValueError):  # damaged
+            self.store.discard(task.key)
+            return None
+
+    def _edited(self, tasks: Sequence[Task]) -> Sequence[EditResult | Exception]:
+        """The edits of one batch."""
+        assert tasks[0].config is not None
+        names = sorted({task.subject.name for task in tasks})
+        try:
+            editor = self._configured(tasks[0].config)
+            if names != self._pictured:
+                editor.forget()
+                self._pictured = names
+            results = self._attempt(editor, tasks)
+            if results is None:  # what is kept for the pictures' other edits may be what is too much
+                results = self._attempt(editor.without_memory(), tasks)
+            if results is None:
+                return [UserError("the device's memory is too small for this picture")] * len(tasks)
+            self._measure(editor, len(tasks), results)
+            return results
+        except StoreError:
+            raise
+        except Exception as error:
+            return [error] * len(tasks)
+
+    def _attempt(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError] | None:
         """None where memory is too small; the error is gone then, and with it what it holds."""
         try:
-            editor.share_lora(task.subject.sample, task.lora_steps)
-            return editor.edit(task.subject.sample)
+            for steps in {task.lora_steps for task in tasks}:
+                samples = [task.subject.sample for task in tasks if task.lora_steps == steps]
+                if len(steps) > 1:
+                    editor.share_loras(samples, steps)
+            return editor.edit_batch([Request(task.subject.sample, task.config) for task in tasks])
         except torch.OutOfMemoryError:
             return None
+
+    def _measure(self, editor: Editor, count: int, results: Sequence[EditResult | UserError]) -> None:
+        """Find out how many edits fit into the GPU's memory, from what one of these needed."""
+        device = editor.backbone.device
+        peaks = [result.peak_memory_mb for result in results if isinstance(result, EditResult)]
+        if self.study.batch or device.type != "cuda" or not peaks:
+            return
+        held = torch.cuda.memory_allocated(device) / 2**20
+        free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**20 - held
+        each = max(1.0, (peaks[0] - held) / count)
+        self._room = int(min(MOST, max(1, SHARE * free / each)))
 
     def _configured(self, config: Config) -> Editor:
         if self.device and config.model.device == "auto":
