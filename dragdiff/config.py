@@ -232,7 +232,10 @@ class LoggerConfig:
 class CacheConfig:
     """What is kept between runs."""
 
-    enabled: bool = option(True, "reuse trained LoRAs and inverted latents", local=True)
+    enabled: bool = option(True, "reuse trained LoRAs, inverted latents and prompt embeddings", local=True)
+    limit_mb: int = option(
+        5000, "size of the folder; what was not used for longest goes, MB; 0 = no limit", at_least(0), local=True
+    )
     reference_mb: int = option(
         0,
         "memory for what the source's self-attention sees while denoising, kept for the next edit of the same picture, "

@@ -151,8 +151,9 @@ class Editor:
         device = self.backbone.device
         self.autocast = resolve_autocast(config.model.autocast, device=device, dtype=config.model.dtype)
         folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
-        self._loras, self._inversions = (
-            cache.StageCache(folder / stage if config.cache.enabled else None) for stage in ("lora", "inversion")
+        self._loras, self._inversions, self._texts = (
+            cache.StageCache(folder / stage if config.cache.enabled else None, limit_mb=config.cache.limit_mb)
+            for stage in cache.STAGES
         )
         self._references: dict[str, list[attention.States]] = {}  # of the picture edited last
 
@@ -555,7 +556,7 @@ class Editor:
             posterior, latent_shape, slack = crops(
                 self.backbone, sample.image, resolution=settings.resolution, encode_each=settings.crop == "pixel"
             )
-            embedding = self.backbone.embed([sample.prompt])
+        embedding = self._embed([sample.prompt])
         draw = seeded_noise(
             seed=self.config.seed,
             batch_size=settings.batch_size,
@@ -872,10 +873,23 @@ class Editor:
     def _embeddings(self, prompts: Sequence[str]) -> Tensor:
         """(1, P, tokens, D), or with guidance (2, P, tokens, D): negative, positive."""
         negative = [] if self._guidance == 1 else [self.config.generate.negative_prompt]
-        with torch.no_grad():
-            embedded = self.backbone.embed([*negative, *prompts])
+        embedded = self._embed([*negative, *prompts])
         positive = embedded[len(negative) :]
         return torch.stack([embedded[:1].expand_as(positive), positive] if negative else [positive])
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings (B, tokens, D), or from the cache."""
+        tokens = self.backbone.tokenize(prompts)
+        with torch.no_grad():
+            if not self.config.cache.enabled:
+                return self.backbone.embed(prompts)
+            weights = cache.fingerprint(self.backbone.text_encoder)
+            return self._texts.get(
+                cache.digest(weights=weights, tokens=tokens.tolist(), device=self.backbone.device.type),
+                make=lambda: self.backbone.embed(prompts),
+                save=cache.save_tensor,
+                load=lambda entry: cache.load_tensor(entry).to(self.backbone.device),
+            )
 
     @contextmanager
     def _adapted(self, adapters: Sequence[lora.LoRA | None]) -> Iterator[lora.Rows | None]:

@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import random
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +121,137 @@ def test_two_processes_at_once(tmp_path):
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["k"]
     assert get(tmp_path, make=never) in ([1], [2])
+
+
+# ------------------------------------------------------------------------------------------- room
+
+
+def save_bytes(size, folder):
+    (folder / "data").write_bytes(bytes(size))
+
+
+def load_bytes(folder):
+    try:
+        return len((folder / "data").read_bytes())
+    except OSError as error:
+        raise UserError("gone") from error
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_was_not_used_for_longest_goes(seed, tmp_path):
+    """Against a list that is kept in order; two stages share the limit."""
+    rng, limit = np.random.default_rng(seed), 1000
+    stages = {name: cache.StageCache(tmp_path / name, limit_mb=limit / 2**20) for name in ("lora", "inversion")}
+    model: list[tuple[str, str, int]] = []  # last used last
+    for moment in range(60):
+        stage, key = str(rng.choice(list(stages))), f"k{rng.integers(8)}"
+        known = [entry for entry in model if entry[:2] == (stage, key)]
+        assert stages[stage].find(key, load=load_bytes) == (known[0][2] if known else None)
+        size = known[0][2] if known else int(rng.integers(100, 400))
+        if not known:
+            stages[stage].put(key, size, save=save_bytes)
+        model = [entry for entry in model if entry[:2] != (stage, key)] + [(stage, key, size)]
+        while sum(entry[2] for entry in model) > limit:
+            model.pop(0)
+        os.utime(tmp_path / stage / key, (moment, moment))  # file systems' clocks are coarse
+        assert {(p.parent.name, p.name) for p in tmp_path.glob("*/*")} == {entry[:2] for entry in model}
+
+
+def test_limit_may_be_lowered_or_lifted(tmp_path):
+    for number in range(5):
+        cache.StageCache(tmp_path).put(f"k{number}", 300, save=save_bytes)
+        os.utime(tmp_path / f"k{number}", (number, number))
+    assert len(list(tmp_path.iterdir())) == 5
+    cache.StageCache(tmp_path, limit_mb=700 / 2**20).put("new", 300, save=save_bytes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k4", "new"]
+
+
+def test_what_is_larger_than_the_limit_is_used_but_not_kept(tmp_path):
+    stage = cache.StageCache(tmp_path, limit_mb=700 / 2**20)
+    stage.put("small", 300, save=save_bytes)
+    with pytest.warns(UserWarning, match=r"more than cache\.limit_mb"):
+        assert stage.get("large", make=lambda: 800, save=save_bytes, load=load_bytes) == 800
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_leftovers_of_killed_writers_go_and_those_of_live_ones_stay(tmp_path):
+    for name, age in (("a.partial-1", 7200), ("b.partial-2", 60)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_bytes(b"half")
+        then = time.time() - age
+        os.utime(tmp_path / name, (then, then))
+    cache.StageCache(tmp_path).put("k", 1, save=save_bytes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.partial-2", "k"]
+
+
+def test_an_entry_that_vanishes_under_its_reader_is_made_again_silently(tmp_path):
+    get(tmp_path)
+
+    def vanishing(folder):
+        cache._remove(folder)
+        return load(folder)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert get(tmp_path, load=vanishing, make=lambda: [3]) == [3]
+    assert get(tmp_path, make=never) == [3]
+
+
+def _use(folder, limit, seed, ends):
+    """Reads, makes and checks entries at random until the end, or until it is killed."""
+    warnings.simplefilter("error")
+    rng, stage = np.random.default_rng(seed), cache.StageCache(folder, limit_mb=limit / 2**20)
+    while time.monotonic() < ends:
+        number = int(rng.integers(12))
+
+        def slowly(value, place):
+            with open(place / "data", "wb") as file:
+                for _ in range(value // 50):
+                    file.write(bytes([value % 251]) * 50)
+                    file.flush()
+
+        def checked(place):
+            try:
+                content = (place / "data").read_bytes()
+            except OSError as error:
+                raise UserError("gone") from error
+            assert content == bytes([len(content) % 251]) * len(content)
+            return len(content)
+
+        value = 50 * (number + 1)
+        assert stage.get(f"k{number}", make=lambda value=value: value, save=slowly, load=checked) == value
+
+
+def test_many_processes_at_once_some_of_them_killed(tmp_path):
+    """No wrong value, no error, the limit holds, and only what a kill interrupted is left over."""
+    context, limit, killed = multiprocessing.get_context("fork"), 2000, 0
+    chance, ends = random.Random(0), time.monotonic() + 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking a process that has threads
+        users = [context.Process(target=_use, args=(tmp_path, limit, seed, ends)) for seed in range(4)]
+        for user in users:
+            user.start()
+        while time.monotonic() < ends - 0.5:
+            time.sleep(chance.uniform(0.05, 0.3))
+            victim = users.pop(0)
+            victim.kill()
+            victim.join()
+            killed += 1
+            users.append(context.Process(target=_use, args=(tmp_path, limit, 100 + killed, ends)))
+            users[-1].start()
+        for user in users:
+            user.join(60)
+    assert killed >= 10 and [user.exitcode for user in users] == [0] * 4
+    whole = [path for path in tmp_path.iterdir() if ".partial-" not in path.name]
+    for path in whole:
+        assert len((path / "data").read_bytes()) == 50 * (int(path.name[1:]) + 1)
+    old = time.time() - 7200
+    for path in tmp_path.iterdir():
+        if path not in whole:
+            os.utime(path, (old, old))
+    cache.StageCache(tmp_path, limit_mb=limit / 2**20).put("last", 50, save=save_bytes)
+    assert not [path for path in tmp_path.iterdir() if ".partial-" in path.name]
+    assert sum((path / "data").stat().st_size for path in tmp_path.iterdir()) <= limit
 
 
 def test_default_folder(monkeypatch, tmp_path):
@@ -304,11 +438,17 @@ def test_second_edit_of_a_picture_only_drags_and_denoises(edits):
     first = editor.reconfigured(settings).edit(sample)
     assert computed == ["LoRA", "inversion", "drag", "denoise", "decode"]
     computed.clear()
+    read: list[object] = []
+    hook = editor.backbone.text_encoder.register_forward_pre_hook(lambda *_: read.append(1))
     again = editor.reconfigured(settings).edit(sample)
     assert computed == ["drag", "denoise", "decode"]
     assert np.array_equal(first.image, again.image)
+    computed.clear()
     editor.reconfigured(settings).edit(replace(sample, points=[[[10, 10], [20, 20]]]))
-    assert "inversion" not in computed
+    assert computed == ["drag", "denoise", "decode"] and not read
+    editor.reconfigured(settings).edit(replace(sample, prompt="another"))
+    hook.remove()
+    assert read
 
 
 @pytest.mark.parametrize(

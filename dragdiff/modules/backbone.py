@@ -27,6 +27,7 @@ class Backbone(ABC):
 
     name: str  # for logs
     network: Any  # the denoiser, an nn.Module
+    text_encoder: nn.Module
     modules: Sequence[nn.Module]  # everything that has weights
     device: torch.device
     prediction_type: str  # "epsilon" or "v_prediction"
@@ -43,6 +44,10 @@ class Backbone(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H', W'), about [-1, 1], of scaled latents (B, C, h, w); H', W' are multiples of the stride."""
+
+    @abstractmethod
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Numbers (B, tokens) that stand for the prompts; warns of one that is too long."""
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -106,6 +111,7 @@ class StableDiffusion(Backbone):
         if hasattr(pipeline.unet, "_hf_hook"):
             raise UserError(f"{self.name} is offloaded: call remove_all_hooks() and to(device) on the pipeline first")
         self.network: Any = pipeline.unet
+        self.text_encoder = pipeline.text_encoder
         self.modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
         self.device = pipeline.unet.device
         self.latent_stride = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -124,7 +130,7 @@ class StableDiffusion(Backbone):
         # the published code multiplies by 1 / scale; dividing differs in the last bit
         return vae.decode((1 / vae.config.scaling_factor * latents).to(vae.device, vae.dtype)).sample.float()
 
-    def embed(self, prompts: Sequence[str]) -> Tensor:
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
         tokenizer = self.pipeline.tokenizer
         length = tokenizer.model_max_length
         for prompt in prompts:
@@ -132,12 +138,14 @@ class StableDiffusion(Backbone):
             if count > length:
                 warnings.warn(
                     f"the prompt has {count} tokens, the model reads the first {length}: {prompt!r}",
-                    stacklevel=2,
+                    stacklevel=1,  # said once, whoever asks
                 )
-        tokens = tokenizer(
+        return tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.pipeline.text_encoder(tokens.to(self.device))[0]
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        return self.pipeline.text_encoder(self.tokenize(prompts).to(self.device))[0]
 
     def predict(self, latents: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
         dtype = self.network.dtype
