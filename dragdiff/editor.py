@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -962,7 +962,8 @@ class Editor:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No weight wants a gradient and every module is in evaluation mode; all of it put back on leaving."""
+        """No weight wants a gradient, every module is in evaluation mode, and memory is saved if it shall be; all of it
+        put back on leaving."""
         modules = [module for root in self.backbone.modules for module in root.modules()]
         parameters = [parameter for root in self.backbone.modules for parameter in root.parameters()]
         training = [module.training for module in modules]
@@ -970,7 +971,8 @@ class Editor:
         try:
             for root in self.backbone.modules:
                 root.requires_grad_(False).eval()
-            yield
+            with self.backbone.saving_memory() if self.config.model.memory == "low" else nullcontext():
+                yield
         finally:
             for module, mode in zip(modules, training, strict=True):
                 module.training = mode

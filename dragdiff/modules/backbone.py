@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class Backbone(ABC):
     @abstractmethod
     def scheduler(self, steps: int, kind: str = "ddim") -> Any:
         """A fresh diffusers scheduler with `steps` timesteps set; kind as in `GenerateConfig.scheduler`."""
+
+    @abstractmethod
+    def saving_memory(self) -> AbstractContextManager[None]:
+        """While it lasts, gradients of the network need less memory and more time; their values are the same."""
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the latent of an image of this size."""
@@ -156,6 +160,9 @@ class StableDiffusion(Backbone):
     def feature_block(self, name: str) -> nn.Module:
         return feature_block(self.network, name)
 
+    def saving_memory(self) -> AbstractContextManager[None]:
+        return gradient_checkpointing(self.network)
+
     def scheduler(self, steps: int, kind: str = "ddim") -> Any:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
@@ -187,6 +194,21 @@ def feature_strides(unet: Any) -> dict[str, int]:
         stride //= 2 if block.upsamplers else 1
         strides[f"up_blocks.{index}"] = stride
     return strides
+
+
+@contextmanager
+def gradient_checkpointing(unet: Any) -> Iterator[None]:
+    """Activations are computed again for the backward (Chen et al. 2016, arXiv 1604.06174); put back on leaving."""
+    keys = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [(module, {key: vars(module)[key] for key in keys if key in vars(module)}) for module in unet.modules()]
+    unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for module, values in before:
+            for key in keys:
+                vars(module).pop(key, None)
+            vars(module).update(values)
 
 
 @contextmanager
