@@ -1036,7 +1036,7 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-_AN_EDITS_OWN = ("sample", "image", "prompt", "points", "mask", "drag.", "output.", "edit.")
+_AN_EDITS_OWN = ("sample", "image", "prompt", "points", "mask", "drag.", "edit.", "output.", "cache.")
 
 
 def shared_settings(config: Config) -> dict[str, Any]:

@@ -403,15 +403,15 @@ def test_result_is_what_the_editor_gives_and_its_config_reproduces_it(file, tmp_
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_too_little_memory_for_what_is_shared_is_no_failure(times, file, monkeypatch, capsys):
-    budgets, original = [], Editor.edit
+    budgets, original = [], Editor.edit_batch
 
-    def edit(self, sample):
+    def edit(self, requests):
         budgets.append(self.config.cache.reference_mb)
         if len(budgets) <= times:
             raise torch.OutOfMemoryError("out of memory")
-        return original(self, sample)
+        return original(self, requests)
 
-    monkeypatch.setattr(Editor, "edit", edit)
+    monkeypatch.setattr(Editor, "edit_batch", edit)
     assert cli.main(["study", str(file()), "data.limit=1"]) == times - 1
     assert budgets == [4096, 0]
     assert ("out of memory" in capsys.readouterr().out) == (times == 2)
@@ -492,17 +492,18 @@ def test_metric_that_cannot_be_had_is_said_and_the_others_are_measured(file, tmp
     assert "dai_10" in scores_of(path)
 
 
-def test_broken_and_failing_samples_do_not_stop_the_others(file, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_broken_and_failing_samples_do_not_stop_the_others(batch, file, tmp_path, monkeypatch, capsys):
     (tmp_path / "data/cats/b/edit.json").write_text("{")
-    original = Editor.edit
+    original = Editor.edit_batch
 
-    def edit(self, sample, **kwargs):
-        if sample.name == "dogs-a":
+    def edit(self, requests):
+        if "dogs-a" in [request.sample.name for request in requests]:
             raise RuntimeError("no luck\nat all")
-        return original(self, sample, **kwargs)
+        return original(self, requests)
 
-    monkeypatch.setattr(Editor, "edit", edit)
-    assert cli.main(["study", str(file())]) == 1
+    monkeypatch.setattr(Editor, "edit_batch", edit)
+    assert cli.main(["study", str(file()), f"batch={batch}"]) == 1
     said = capsys.readouterr()
     assert "passing over cats-b: " in said.err and "not valid JSON" in said.err
     assert "5 done now, 0 found done, 1 failed of 6" in said.out
@@ -512,7 +513,7 @@ def test_broken_and_failing_samples_do_not_stop_the_others(file, tmp_path, monke
     (failure,) = (tmp_path / "results/failures").glob("*.json")
     assert "Traceback" in json.loads(failure.read_text())["details"]
 
-    monkeypatch.setattr(Editor, "edit", original)
+    monkeypatch.setattr(Editor, "edit_batch", original)
     assert cli.main(["study", str(file())]) == 1  # not tried again by itself
     assert "0 done now, 5 found done, 1 failed of 6" in capsys.readouterr().out
     assert cli.main(["study", str(file()), "--retry-failed"]) == 1  # the broken sample still is
@@ -568,7 +569,7 @@ def test_mean_distance_in_the_files_order_as_the_published_script(file, tmp_path
         worker = Worker(plan.study)
         for subject in plan.subjects:
             task = next(t for t in plan.tasks if t.key == plan.keys[variant, subject.name, 42])
-            expected = metric.distances(subject.sample, worker._edit(task))
+            expected = metric.distances(subject.sample, worker._kept(task))
             np.testing.assert_allclose(data.values(variant, "distance")[subject.name], expected)
     assert store.files.exists(store.path("study", "ordered"))
     nowhere = f"metrics.distance.path={tmp_path / 'nowhere'}"

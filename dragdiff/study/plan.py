@@ -94,7 +94,10 @@ class Task:
         """Tasks with the same can be edited in one batch; a baseline is by itself."""
         if self.config is None:
             return self.key
-        return shared_settings(self.config), self.subject.sample.resized(self.config.data.max_size).image.shape
+        try:
+            return shared_settings(self.config), self.subject.sample.resized(self.config.data.max_size).image.shape
+        except UserError:  # the edit will say so
+            return self.key
 
 
 @dataclass(frozen=True)

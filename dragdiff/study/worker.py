@@ -122,7 +122,7 @@ class Worker:
             scores = self._score(task, picture)
         except StoreError:
             raise
-        except Exception as error:  # whatever an edit may run into: the study goes on
+        except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
             record_failure(self.store, task, reason, "".join(traceback.format_exception(error)))
             return Outcome(task.key, failure=reason)
@@ -174,7 +174,7 @@ class Worker:
             return None
 
     def _edited(self, tasks: Sequence[Task]) -> Sequence[EditResult | Exception]:
-        """The edits of one batch."""
+        """The edits of one batch; where it fails as a whole, one by one."""
         assert tasks[0].config is not None
         names = sorted({task.subject.name for task in tasks})
         try:
@@ -184,26 +184,25 @@ class Worker:
                 self._pictured = names
             results = self._attempt(editor, tasks)
             if results is None:  # what is kept for the pictures' other edits may be what is too much
-                results = self._attempt(editor.without_memory(), tasks)
-            if results is None:
-                return [UserError("the device's memory is too small for this picture")] * len(tasks)
+                results = self._edit(editor.without_memory(), tasks)
             self._measure(editor, len(tasks), results)
             return results
-        except StoreError:
-            raise
-        except Exception as error:
-            return [error] * len(tasks)
+        except Exception as error:  # whatever an edit may run into: the study goes on
+            if len(tasks) == 1:
+                return [error]
+        return [result for task in tasks for result in self._edited([task])]
 
     def _attempt(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError] | None:
         """None where memory is too small; the error is gone then, and with it what it holds."""
         try:
-            for steps in {task.lora_steps for task in tasks}:
-                samples = [task.subject.sample for task in tasks if task.lora_steps == steps]
-                if len(steps) > 1:
-                    editor.share_loras(samples, steps)
-            return editor.edit_batch([Request(task.subject.sample, task.config) for task in tasks])
+            return self._edit(editor, tasks)
         except torch.OutOfMemoryError:
             return None
+
+    def _edit(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError]:
+        for steps in {task.lora_steps for task in tasks if len(task.lora_steps) > 1}:
+            editor.share_loras([task.subject.sample for task in tasks if task.lora_steps == steps], steps)
+        return editor.edit_batch([Request(task.subject.sample, task.config) for task in tasks])
 
     def _measure(self, editor: Editor, count: int, results: Sequence[EditResult | UserError]) -> None:
         """Find out how many edits fit into the GPU's memory, from what one of these needed."""
