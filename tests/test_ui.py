@@ -478,7 +478,8 @@ def test_a_generated_picture_is_dragged_and_text_stays_text(new_page, page_addre
     page.click("#tab-generate")
     prompt = "a <img src=x onerror=alert(1)> sun"
     page.fill("#wish", prompt)
-    page.fill("[id='field-generate.guidance']", "2")
+    page.fill("[id='wish-generate.guidance']", "2")
+    page.fill("[id='wish-seed']", "5")
     page.click("#make")
     expect(page.locator("#made img")).to_be_visible(timeout=60000)
     page.click("#made button:text('Drag it')")
@@ -488,6 +489,7 @@ def test_a_generated_picture_is_dragged_and_text_stays_text(new_page, page_addre
     page.mouse.click(*at(page, 28, 17))
     page.click("#drag")
     expect(page.locator("#state")).to_contain_text("Done", timeout=60000)
+    assert page.locator("#field-seed").input_value() == "5"
     page.click("#tab-compare")
     expect(page.locator("#history li")).to_have_count(2)
     made, source = (

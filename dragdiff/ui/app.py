@@ -586,6 +586,7 @@ def serve(settings: UIConfig) -> None:
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((settings.host, settings.port))
+        opened.listen()  # who comes before the server is up waits
     except OSError as error:
         raise UserError(
             f"can't listen on {settings.host}:{settings.port} ({error.strerror or error}): choose another host or port"

@@ -154,18 +154,21 @@ async function baseValues() {
 function fillFields() {
   const focused = document.activeElement?.id;
   const groups = { fields: [], "generate-fields": [] };
-  for (const f of start.fields) groups[f.key.startsWith("generate.") ? "generate-fields" : "fields"].push(field(f));
+  for (const f of start.fields) {
+    if (!f.key.startsWith("generate.")) groups.fields.push(field(f));
+    if (f.key.startsWith("generate.") || f.key === "seed") groups["generate-fields"].push(field(f, "wish"));
+  }
   for (const [id, rows] of Object.entries(groups)) $(id).replaceChildren(...rows);
   if (focused) $(focused)?.focus();
 }
 
-function field(f) {
+function field(f, prefix = "field") {
   const value = changed[f.key] ?? values[f.key];
   const known = f.choices.length ? f.choices : offered[f.key] ?? [];
   let input;
   if (known.length && f.kind === "list") {
     input = make("fieldset", {}, make("legend", { textContent: f.key }), ...known.map((c) => make("label", {},
-      make("input", { type: "checkbox", value: c, checked: value.includes(c), id: `field-${f.key}-${c}` }), ` ${c}`)));
+      make("input", { type: "checkbox", value: c, checked: value.includes(c), id: `${prefix}-${f.key}-${c}` }), ` ${c}`)));
   } else if (known.length) {
     const all = known.includes(value) ? known : [...known, value]; // a layer may also be named by its number
     input = make("select", {}, ...all.map((c) => make("option", { value: c, textContent: c || "(the model's own)" })));
@@ -173,7 +176,7 @@ function field(f) {
   } else if (f.kind === "bool") input = make("input", { type: "checkbox", checked: value });
   else if (f.kind === "int" || f.kind === "float") input = make("input", { type: "number", step: f.kind === "int" ? 1 : "any", value });
   else input = make("input", { type: "text", value: f.kind === "list" ? value.join(", ") : value });
-  input.id = `field-${f.key}`;
+  input.id = `${prefix}-${f.key}`;
   const label = input.tagName === "FIELDSET" ? [] : [make("label", { htmlFor: input.id, textContent: f.key })];
   const row = make("div", { className: f.key in changed ? "field changed" : "field" }, ...label, input,
     make("small", { textContent: f.explanation + (f.allowed ? ` [${f.allowed}]` : "") }));
@@ -184,7 +187,10 @@ function field(f) {
       : f.kind === "int" || f.kind === "float" ? (input.value === "" ? values[f.key] : +input.value) : input.value;
     if (JSON.stringify(given) === JSON.stringify(values[f.key])) delete changed[f.key];
     else changed[f.key] = given;
-    row.classList.toggle("changed", f.key in changed);
+    for (const twin of document.querySelectorAll(`[id$="-${f.key}"]`)) { // the seed is shown twice
+      twin.value = input.value;
+      twin.parentElement.classList.toggle("changed", f.key in changed);
+    }
     attempt(command);
   });
   return row;
@@ -329,9 +335,12 @@ function listen() {
       const active = ["queued", "running"].includes(run.status);
       if (run.kind === "edit" && (run.id === wanted || (current === null && active))) { current = run.id; wanted = null; }
       if (run.id === current) showRun(run);
-      if (run.kind === "generate") {
+      if (run === [...runs.values()].findLast(({ kind }) => kind === "generate")) {
         $("make-state").textContent = words(run);
-        if (run.status === "done" && before !== "done") $("made").replaceChildren(make("img", { src: file(run, "generated.png"), alt: run.request.prompt, className: "difference" }), actions(run, false));
+        $("make-state").className = run.status === "failed" ? "bad" : "";
+        if (run.status !== before) $("made").replaceChildren(
+          ...(run.status === "done" ? [make("img", { src: file(run, "generated.png"), alt: run.request.prompt, className: "difference" })] : []),
+          actions(run, run.status !== "done"));
       }
     }
     told.gone.forEach(forget);

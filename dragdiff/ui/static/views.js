@@ -57,6 +57,7 @@ export function drawCurve(svg, way, points) {
   points.forEach((_, i) => {
     const line = all.map((d, k) => `${x(way[k][0]).toFixed(1)},${y(d[i]).toFixed(1)}`).join(" ");
     add("polyline", { points: line, fill: "none", stroke: "#e41a1c", "stroke-width": 1.5 });
+    if (points.length > 1) add("text", { x: 33 + 8 * i, y: y(all[0][i]) - 3, "font-size": 9, fill: "currentColor" }, i + 1);
   });
 }
 
