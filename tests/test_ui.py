@@ -139,6 +139,39 @@ def test_hostile_zips_are_refused(client, tmp_path):
     assert "refused" in opened(client, evil, "s.zip").json()["error"]
 
 
+def test_whatever_is_sent_is_answered_with_what_is_wrong(app):
+    client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+    client.get("/")
+    good = edit(client)
+    junk = [None, -1, 10**400, "x", "\ud800", "x" * 10**5, [], {"a": []}, [[[1, 2], ["a", {}]]]]
+    keys = ["model", "preset", "settings", "prompt", "points", "mask", "picture", "kind"]
+    bodies = [good | {key: value} for key in keys for value in junk]
+    fields = [field["key"] for field in app.state.page.form.describe()]
+    settings = [good | {"settings": {key: value}} for key in fields for value in (10**400, "\ud800", {"a": []})]
+    samples = [{"sample": value} for value in junk]
+    for path, sent in {
+        "/api/runs": bodies,
+        "/api/export": bodies,
+        "/api/command": settings,
+        "/api/open": samples,
+    }.items():
+        for body in sent:
+            answer = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+            told = answer.headers["content-type"] == "application/zip" or isinstance(answer.json(), dict)
+            assert answer.status_code in (200, 400) and told, (path, str(body)[:200])
+    for content in (b"", b"{", b"[" * 10**5, b"\xff"):
+        assert client.post("/api/runs", content=content).status_code == 400
+    assert client.post("/api/open", content=b"x", headers={"content-type": "multipart/form-data"}).status_code == 400
+    damaged = io.BytesIO()
+    with zipfile.ZipFile(damaged, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("edit.json", json.dumps({"prompt": "a", "points": []}))
+        archive.writestr("image.png", png())
+    for place in range(0, len(damaged.getvalue()), 199):
+        content = bytearray(damaged.getvalue())
+        content[place] ^= 0xFF
+        assert opened(client, bytes(content), "a.zip").status_code in (200, 400)
+
+
 @pytest.mark.parametrize("kind", ["plain", "dragbench"])
 def test_an_edit_that_is_saved_and_opened_again_is_the_same(client, kind):
     mask = np.zeros((48, 64), np.uint8)

@@ -106,9 +106,9 @@ class Page:
         Of a zip with several samples the answer is {"samples": [NAME, ...]}; with one of them as `sample` it is opened.
         """
         if request.headers.get("content-type", "").startswith("application/json"):
-            name = (await _body(request)).get("sample")
+            name = _text(await _body(request), "sample")
             if name not in self.samples:
-                raise UserError(f"there is no sample {str(name)[:80]!r} here")
+                raise UserError(f"there is no sample {name[:80]!r} here")
             sample = readers.read_sample(self.samples[name], self.samples[name].name)
             return JSONResponse(await run_in_threadpool(self._opened, visitor, sample))
         async with request.form(max_files=20, max_fields=5) as form:
@@ -351,6 +351,8 @@ class Page:
                 return await endpoint(request, visitor)
             except UserError as error:
                 return JSONResponse({"error": str(error)}, 400)
+            except UnicodeEncodeError:  # JSON can say half of a surrogate pair
+                return JSONResponse({"error": "a text holds something that is no character: write it again"}, 400)
 
         return handle
 
