@@ -131,7 +131,8 @@ function refresh() {
     const field = (end, axis) => make("input", {
       type: "number", min: 0, step: "any", value: +pair[end][axis].toFixed(1), ariaLabel: `pair ${i + 1}, ${["handle", "target"][end]}, ${"xy"[axis]}`,
       onchange: (e) => {
-        const moved = structuredClone(canvas.points[i]);
+        if (e.target.value === "") return (e.target.value = +pair[end][axis].toFixed(1));
+        const moved = canvas.points[i]; // a copy
         moved[end][axis] = Math.min(Math.max(0, +e.target.value), (axis ? canvas.height : canvas.width) - 1);
         canvas.setPair(i, moved);
       },
