@@ -65,6 +65,7 @@ class Page:
         self.settings, self.form = settings, Form(settings)
         self.queue = Queue(threads=settings.threads, minutes=settings.max_minutes)
         self.visitors = Visitors(folder, settings.keep_hours * 3600)
+        self.ending: Callable[[], bool] = lambda: False  # whether the server is on its way out: streams end
         self.samples = {f"example:{path.name}": path for path in sorted(EXAMPLES.iterdir()) if path.is_dir()}
         for root in settings.samples:
             folders = readers.find_samples(root)
@@ -238,11 +239,14 @@ class Page:
     async def use(self, request: Request, visitor: Visitor) -> Response:
         """Put a run's picture on the canvas: its source with points and mask, its result, or what it generated."""
         run, what = visitor.run(request.path_params["id"]), (await _body(request)).get("what")
+        return JSONResponse(await run_in_threadpool(self._used, visitor, run, what))
+
+    def _used(self, visitor: Visitor, run: Run, what: Any) -> dict[str, Any]:
         if what == "source" and run.sample is not None:
             opened = self._opened(visitor, run.sample)
             if run.config.generate.enabled:
                 self._mark_generated(visitor, opened, run)
-            return JSONResponse(opened)
+            return opened
         file = run.folder / ("generated.png" if run.kind == "generate" else "edited.png")
         if not file.is_file():
             raise UserError("this run has no picture")
@@ -250,7 +254,7 @@ class Page:
         opened = {"picture": _as_json(visitor.add_picture(load_image(file), name)), "prompt": run.request["prompt"]}
         if run.kind == "generate":
             self._mark_generated(visitor, opened, run)
-        return JSONResponse(opened)
+        return opened
 
     def _mark_generated(self, visitor: Visitor, opened: dict[str, Any], run: Run) -> None:
         made = {"model": run.request["model"], "preset": run.request["preset"], "prompt": run.config.prompt}
@@ -295,7 +299,7 @@ class Page:
             loaded: list[str] = []
             said = time.monotonic()
             yield "retry: 1000\n\n"
-            while True:
+            while not self.ending():
                 runs = dict(visitor.runs)
                 changed = []
                 for run in runs.values():
@@ -427,14 +431,14 @@ class Guard:
     def _refusal(self, request: Request) -> Response | None:
         headers = Headers(scope=request.scope)
         host = headers.get("host", "")
-        if self.loopback and not is_loopback(urlsplit(f"//{host}").hostname or ""):  # DNS rebinding
+        if self.loopback and not is_loopback(_hostname(host)):  # DNS rebinding
             return JSONResponse({"error": "this page is for this machine alone"}, 403)
         if request.method == "POST":
             origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != host:
+            if origin is not None and origin.partition("://")[2] != host:
                 return JSONResponse({"error": "this request comes from another page"}, 403)
             length = headers.get("content-length", "")
-            if not length.isdigit():
+            if not re.fullmatch("[0-9]{1,15}", length):
                 return JSONResponse({"error": "the length of the upload must be said before it"}, 411)
             if int(length) > self.limit:
                 return JSONResponse({"error": f"the upload is larger than {self.settings.max_upload_mb:g} MB"}, 413)
@@ -457,6 +461,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _hostname(host: str) -> str:
+    """Of a Host header, without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _same(given: str, token: str) -> bool:
@@ -605,4 +617,5 @@ def serve(settings: UIConfig) -> None:
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, ws="none")
         )
+        app.state.page.ending = lambda: server.should_exit
         server.run(sockets=[opened])

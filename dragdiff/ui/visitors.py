@@ -62,7 +62,8 @@ class Visitor:
         Image.fromarray(pixels).save(file)
         picture = self.pictures[id] = Picture(id, name, file, pixels.shape[1], pixels.shape[0], generated)
         while len(self.pictures) > PICTURES_EACH:
-            self.pictures.pop(next(iter(self.pictures))).file.unlink(missing_ok=True)
+            if oldest := self.pictures.pop(next(iter(self.pictures)), None):  # None: another upload was quicker
+                oldest.file.unlink(missing_ok=True)
         return picture
 
     def picture(self, id: Any) -> Picture:

@@ -242,7 +242,8 @@ async function showRun(run) {
     const image = shown.get(src) ?? new Image();
     if (!image.src) { shown.clear(); shown.set(src, image); image.src = src; }
     await image.decode().catch(() => {});
-    if (run.id === current && image.naturalWidth) drawLive($("live"), image, run.size, run.way, points);
+    if (run.id !== current || run !== runs.get(run.id)) return; // meanwhile there is newer
+    if (image.naturalWidth) drawLive($("live"), image, run.size, run.way, points);
   }
   if (run.status === "done" && $("result").dataset.run !== run.id) {
     $("result").dataset.run = run.id;
@@ -327,6 +328,12 @@ function forget(id) {
 
 function listen() {
   const stream = new EventSource("/api/events");
+  let lost = false;
+  stream.onerror = () => attempt(() => {
+    lost = true;
+    throw new Error(stream.readyState === EventSource.CLOSED ? "the server does not know this page any more: reload it" : "the server does not answer; trying again…");
+  });
+  stream.onopen = () => { if (lost) $("error").hidden = true; lost = false; };
   stream.onmessage = ({ data }) => {
     const told = JSON.parse(data);
     for (const run of told.runs) {
