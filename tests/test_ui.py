@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from dragdiff.config import UIConfig, load_ui
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
+from dragdiff.ui import runs
 from dragdiff.ui.app import make_app
 from dragdiff.ui.form import Form
 from dragdiff.ui.runs import Run
@@ -252,9 +254,13 @@ def test_the_gone_take_their_pictures_with_them(tmp_path):
     now[0] = 18
     visitors.forget_the_gone()
     assert somebody.folder.exists()
+    for name in ("visitor-before", "mine"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
     now[0] = 20
     visitors.forget_the_gone()
     assert not somebody.folder.exists() and visitors.get(secret) is None
+    assert [folder.name for folder in tmp_path.iterdir()] == ["mine"]  # what an earlier server left is gone too
 
 
 def test_time_left_is_what_the_steps_to_come_cost_at_the_pace_so_far(tmp_path):
@@ -630,16 +636,25 @@ def test_no_path_on_the_wire_leads_out(server, page_address):
         assert answer.status in (401, 404) and b"import" not in answer.read()
 
 
-def test_a_run_that_takes_too_long_is_ended(tmp_path):
+@pytest.mark.slow
+def test_a_run_that_takes_too_long_is_ended_even_where_it_does_not_react(tmp_path, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(runs, "PATIENCE", 1.0)
     app = make_app(UIConfig(models=["embedded"], max_minutes=0.002, threads=1), tmp_path / "ui")
     with TestClient(app, base_url="http://127.0.0.1") as client:
         client.get("/")
-        run = client.post("/api/runs", json=edit(client, settings={"lora.steps": 10**6})).json()["id"]
-        known = next(iter(app.state.page.visitors)).runs[run]
-        deadline = time.monotonic() + 60
-        while not known.ended and time.monotonic() < deadline:
-            time.sleep(0.1)
-    assert known.status == "failed" and "longer than 0.002 minutes" in known.message
+        for suspended in (False, True):
+            [worker] = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+            if suspended:
+                worker.suspend()
+            run = client.post("/api/runs", json=edit(client, settings={"lora.steps": 10**6})).json()["id"]
+            known = next(iter(app.state.page.visitors)).runs[run]
+            deadline = time.monotonic() + 60
+            while not known.ended and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert known.status == "failed" and "longer than 0.002 minutes" in known.message
+        assert not worker.is_running()
 
 
 @pytest.mark.slow

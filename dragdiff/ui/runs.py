@@ -210,7 +210,7 @@ class Queue:
             began = time.monotonic()
             while True:
                 while not self._connection.poll(0.5):
-                    if outcome := self._given_up(time.monotonic() - began):
+                    if outcome := self._given_up(time.monotonic() - began if run else 0.0):
                         self._end_worker()
                         return outcome
                 message = self._connection.recv()
@@ -224,7 +224,7 @@ class Queue:
             return {"status": "failed", "message": DIED.format(f"exit code {self._end_worker()}")}
 
     def _given_up(self, seconds: float) -> dict[str, Any] | None:
-        """What becomes of a task that has taken so long and says nothing; None = wait on."""
+        """What becomes of a run that has taken so long and says nothing; None = wait on."""
         if self._closed or (self._cancel.is_set() and time.monotonic() - self._cancelled_at > PATIENCE):
             return {"status": "cancelled"}
         if self.minutes and seconds > 60 * self.minutes + PATIENCE:
