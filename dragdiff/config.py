@@ -567,6 +567,8 @@ def _check_values(config: Config | StudyConfig | UIConfig | BenchmarkConfig) -> 
         allowed: Check | None = f.metadata["check"]
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} is {value}: it must be a finite number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"{key} is {value}: it is too large a number")
         if allowed and not allowed.holds(value):
             raise UserError(f"{key} is {value!r}: it must be {allowed.words}")
 

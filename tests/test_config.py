@@ -106,6 +106,7 @@ def test_unknown_key_names_the_nearest(key, nearest, tmp_path):
         ("drag.lr=", "drag.lr is None in 'drag.lr=': it must be a number"),
         ("drag.lr=nan", "drag.lr is nan: it must be a finite number"),
         ("drag.lr=.inf", "drag.lr is inf: it must be a finite number"),
+        ("drag.steps=99999999999999999999", "drag.steps is 99999999999999999999: it is too large a number"),
         ("drag.lr=0", "drag.lr is 0.0: it must be > 0"),
         ("drag.steps=3.7", "drag.steps is 3.7 in 'drag.steps=3.7': it must be a whole number"),
         ("drag.steps=true", "it must be a whole number"),

@@ -12,11 +12,14 @@ import ipaddress
 import json
 import re
 import secrets
+import signal
+import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,7 +41,7 @@ from dragdiff.config import UIConfig, to_yaml
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample, load_image
 from dragdiff.errors import UserError
-from dragdiff.ui.form import GENERATED_WITH, Form
+from dragdiff.ui.form import GENERATED_WITH, Form, check_length
 from dragdiff.ui.runs import Queue, Run
 from dragdiff.ui.visitors import Picture, Visitor, Visitors
 
@@ -48,6 +51,7 @@ POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'
 SAMPLE_FILES = re.compile(
     r"(edit|points|prompt)\.json|meta_data\.pkl|mask\.png|(image|original|original_image|origin_image)\.(png|jpe?g|webp)"
 )
+MARKERS = (".json", ".pkl")  # one of these makes pictures a sample
 RESULT_FILES = re.compile(r"edited\.png|comparison\.png|trajectory\.gif|source\.png|preview-\d{4}\.png")
 DOWNLOADED = ("edited.png", "comparison.png", "trajectory.gif", "metrics.json")
 TELL_EVERY = 0.1  # s between looks at what has changed
@@ -61,6 +65,7 @@ class Page:
         self.settings, self.form = settings, Form(settings)
         self.queue = Queue(threads=settings.threads, minutes=settings.max_minutes)
         self.visitors = Visitors(folder, settings.keep_hours * 3600)
+        self.ending: Callable[[], bool] = lambda: False  # whether the server is on its way out: streams end
         self.samples = {f"example:{path.name}": path for path in sorted(EXAMPLES.iterdir()) if path.is_dir()}
         for root in settings.samples:
             folders = readers.find_samples(root)
@@ -90,35 +95,50 @@ class Page:
 
     async def values(self, request: Request, visitor: Visitor) -> Response:
         query = request.query_params
-        return JSONResponse(self.form.values(query.get("model", ""), query.get("preset", "")))
+        model = query.get("model", "")
+        values = self.form.values(model, query.get("preset", ""))
+        return JSONResponse({"values": values, "choices": self.queue.choices.get(self.form.paths[model], {})})
 
     # ------------------------------------------------------------------------------- pictures and samples
 
     async def open(self, request: Request, visitor: Visitor) -> Response:
-        """A picture, a zipped sample, or the files of a sample: multipart; or {"sample": NAME} of those offered."""
+        """A picture, a zip of samples, or the files of a sample: multipart; or {"sample": NAME} of those offered.
+
+        Of a zip with several samples the answer is {"samples": [NAME, ...]}; with one of them as `sample` it is opened.
+        """
         if request.headers.get("content-type", "").startswith("application/json"):
-            name = (await _body(request)).get("sample")
+            name = _text(await _body(request), "sample")
             if name not in self.samples:
-                raise UserError(f"there is no sample {str(name)[:80]!r} here")
+                raise UserError(f"there is no sample {name[:80]!r} here")
             sample = readers.read_sample(self.samples[name], self.samples[name].name)
             return JSONResponse(await run_in_threadpool(self._opened, visitor, sample))
         async with request.form(max_files=20, max_fields=5) as form:
             files = [(Path(f.filename or "").name, await f.read()) for f in form.values() if isinstance(f, UploadFile)]
-        return JSONResponse(await run_in_threadpool(self._open_files, visitor, files))
+            which = form.get("sample")
+        return JSONResponse(await run_in_threadpool(self._open_files, visitor, files, which))
 
-    def _open_files(self, visitor: Visitor, files: list[tuple[str, bytes]]) -> dict[str, Any]:
+    def _open_files(self, visitor: Visitor, files: list[tuple[str, bytes]], sample: Any) -> dict[str, Any]:
         if not files:
             raise UserError("there is no file in this upload")
         limit = int(self.settings.max_upload_mb * 2**20)
-        name = _plain_name(Path(files[0][0]).stem)
+        if sum(len(content) for _, content in files) > limit:
+            raise UserError(f"the upload is larger than {self.settings.max_upload_mb:g} MB")
+        name = _plain_name(sample if isinstance(sample, str) else Path(files[0][0]).stem)
         if len(files) == 1 and zipfile.is_zipfile(io.BytesIO(files[0][1])):
-            name, files = _unzipped(files[0][1], limit, name)
+            found = _samples(files[0][1])
+            if len(found) > 1 and sample not in found:
+                return {"samples": list(found)}
+            folder = sample if sample in found else next(iter(found))
+            name = _plain_name(folder.rpartition("/")[2]) if folder else name
+            files = _unzipped(files[0][1], found[folder], limit)
         with tempfile.TemporaryDirectory() as folder:
             if len(files) == 1:
                 path = Path(folder) / (_plain_name(files[0][0]) or "picture")
                 path.write_bytes(files[0][1])
                 picture = visitor.add_picture(_without(folder, load_image, path), name)
                 return {"picture": _as_json(picture)}
+            if not any(file.endswith(MARKERS) for file, _ in files):
+                raise UserError("these files are no sample, which needs edit.json or meta_data.pkl: open one picture")
             for file, content in files:
                 if SAMPLE_FILES.fullmatch(file):
                     (Path(folder) / file).write_bytes(content)
@@ -158,9 +178,11 @@ class Page:
         return JSONResponse({"id": run.id})
 
     def _new_run(self, visitor: Visitor, body: dict[str, Any]) -> Run:
-        sample = None
+        sample, kind = None, body.get("kind", "edit")
+        if kind not in ("edit", "generate"):
+            raise UserError("the request is malformed: reload the page")
         request = {key: body.get(key) for key in ("model", "preset", "settings", "prompt")}
-        if body.get("kind") == "generate":
+        if kind == "generate":
             config = self.form.config(body, prompt=_text(body, "prompt"), **{"generate.enabled": True})
         else:
             sample, picture = self._sample(visitor, body)
@@ -170,7 +192,7 @@ class Page:
         folder = visitor.new_folder()
         if sample is not None:
             Image.fromarray(sample.image).save(folder / "source.png")
-        run = Run(str(body.get("kind") or "edit"), config, request, folder, visitor.folder / "cache", sample)
+        run = Run(kind, config, request, folder, visitor.folder / "cache", sample)
         self.queue.add(run, most=self.settings.queue, most_each=self.settings.queue_each)
         visitor.runs[run.id] = run
         for old in [run for run in visitor.runs.values() if run.ended][: -self.settings.runs_each]:
@@ -180,6 +202,7 @@ class Page:
     def _edit_config(self, body: dict[str, Any], sample: EditSample, picture: Picture) -> Any:
         if picture.generated is None:
             return self.form.config(body)
+        self.form.config(body)
         made = picture.generated  # it comes out again only with what it was made with
         mine = {k: v for k, v in (body.get("settings") or {}).items() if not k.startswith(GENERATED_WITH)}
         theirs = {k: v for k, v in made["settings"].items() if k.startswith(GENERATED_WITH)}
@@ -216,11 +239,14 @@ class Page:
     async def use(self, request: Request, visitor: Visitor) -> Response:
         """Put a run's picture on the canvas: its source with points and mask, its result, or what it generated."""
         run, what = visitor.run(request.path_params["id"]), (await _body(request)).get("what")
+        return JSONResponse(await run_in_threadpool(self._used, visitor, run, what))
+
+    def _used(self, visitor: Visitor, run: Run, what: Any) -> dict[str, Any]:
         if what == "source" and run.sample is not None:
             opened = self._opened(visitor, run.sample)
             if run.config.generate.enabled:
                 self._mark_generated(visitor, opened, run)
-            return JSONResponse(opened)
+            return opened
         file = run.folder / ("generated.png" if run.kind == "generate" else "edited.png")
         if not file.is_file():
             raise UserError("this run has no picture")
@@ -228,7 +254,7 @@ class Page:
         opened = {"picture": _as_json(visitor.add_picture(load_image(file), name)), "prompt": run.request["prompt"]}
         if run.kind == "generate":
             self._mark_generated(visitor, opened, run)
-        return JSONResponse(opened)
+        return opened
 
     def _mark_generated(self, visitor: Visitor, opened: dict[str, Any], run: Run) -> None:
         made = {"model": run.request["model"], "preset": run.request["preset"], "prompt": run.config.prompt}
@@ -266,13 +292,14 @@ class Page:
         return _download(await run_in_threadpool(make), f"{sample.name}-edited")
 
     async def events(self, request: Request, visitor: Visitor) -> Response:
-        """Server-sent events: each of the visitor's runs whenever something of it changes, and which are gone."""
+        """Server-sent events: the visitor's runs that have changed, which are gone, and whose model has been loaded."""
 
         async def stream() -> AsyncIterator[str]:
             told: dict[str, Any] = {}
+            loaded: list[str] = []
             said = time.monotonic()
             yield "retry: 1000\n\n"
-            while True:
+            while not self.ending():
                 runs = dict(visitor.runs)
                 changed = []
                 for run in runs.values():
@@ -283,10 +310,11 @@ class Page:
                 gone = [id for id in told if id not in runs]
                 for id in gone:
                     del told[id]
-                now = time.monotonic()
-                if changed or gone or now - said > ALIVE_EVERY:
+                now, before = time.monotonic(), loaded
+                loaded = [name for name, path in self.form.paths.items() if path in self.queue.choices]
+                if changed or gone or loaded != before or now - said > ALIVE_EVERY:
                     said, visitor.seen = now, self.visitors.clock()
-                    yield f"data: {json.dumps({'runs': changed, 'gone': gone})}\n\n"
+                    yield f"data: {json.dumps({'runs': changed, 'gone': gone, 'loaded': loaded})}\n\n"
                 await asyncio.sleep(TELL_EVERY)
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -327,6 +355,8 @@ class Page:
                 return await endpoint(request, visitor)
             except UserError as error:
                 return JSONResponse({"error": str(error)}, 400)
+            except UnicodeEncodeError:  # JSON can say half of a surrogate pair
+                return JSONResponse({"error": "a text holds something that is no character: write it again"}, 400)
 
         return handle
 
@@ -356,7 +386,9 @@ def make_app(settings: UIConfig, folder: Path) -> Starlette:
         cleaning.cancel()
         await run_in_threadpool(page.queue.close)
 
-    app = Starlette(routes=page.routes(), lifespan=life, exception_handlers={Exception: _unexpected})
+    app = Starlette(
+        routes=page.routes(), lifespan=life, exception_handlers={Exception: _unexpected, HTTPException: _refused}
+    )
     app.add_middleware(Guard, settings=settings)  # type: ignore[arg-type]
     app.state.page = page
     return app
@@ -364,6 +396,11 @@ def make_app(settings: UIConfig, folder: Path) -> Starlette:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": f"the server made a mistake ({type(error).__name__}); its log says more"}, 500)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code)
 
 
 class Guard:
@@ -394,14 +431,14 @@ class Guard:
     def _refusal(self, request: Request) -> Response | None:
         headers = Headers(scope=request.scope)
         host = headers.get("host", "")
-        if self.loopback and not is_loopback(urlsplit(f"//{host}").hostname or ""):  # DNS rebinding
+        if self.loopback and not is_loopback(_hostname(host)):  # DNS rebinding
             return JSONResponse({"error": "this page is for this machine alone"}, 403)
         if request.method == "POST":
             origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != host:
+            if origin is not None and origin.partition("://")[2] != host:
                 return JSONResponse({"error": "this request comes from another page"}, 403)
             length = headers.get("content-length", "")
-            if not length.isdigit():
+            if not re.fullmatch("[0-9]{1,15}", length):
                 return JSONResponse({"error": "the length of the upload must be said before it"}, 411)
             if int(length) > self.limit:
                 return JSONResponse({"error": f"the upload is larger than {self.settings.max_upload_mb:g} MB"}, 413)
@@ -426,6 +463,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _hostname(host: str) -> str:
+    """Of a Host header, without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
 def _same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode("utf-8", "replace"))
 
@@ -444,6 +489,7 @@ def _text(body: dict[str, Any], key: str) -> str:
     value = body.get(key) or ""
     if not isinstance(value, str):
         raise UserError(f"the {key} must be text")
+    check_length(key, value)
     return value
 
 
@@ -472,33 +518,53 @@ def _without(folder: str, read: Callable[..., Any], *arguments: Any) -> Any:
         raise UserError(str(error).replace(f"{folder}/", "").replace(folder, "the sample")) from error
 
 
-def _unzipped(content: bytes, limit: int, name: str) -> tuple[str, list[tuple[str, bytes]]]:
-    """The files of the first sample in a zip, in memory; its folder's name, or the given one.
-
+@contextmanager
+def _readable_zip(content: bytes) -> Iterator[zipfile.ZipFile]:
+    """
     Raises:
-        UserError: damaged, no sample in it, or more in it than `limit` bytes.
+        UserError: damaged or encrypted, as soon as it shows.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            found = [info for info in archive.infolist() if SAMPLE_FILES.fullmatch(info.filename.rpartition("/")[2])]
-            markers = [i for i in found if i.filename.endswith((".json", ".pkl"))]
-            if not markers:
-                raise UserError("there is no sample in this zip: it needs edit.json or meta_data.pkl")
-            folder = markers[0].filename.rpartition("/")[0]
-            files, size = [], 0
-            for info in found:
-                parent, _, file = info.filename.rpartition("/")
-                if parent != folder:
-                    continue
-                with archive.open(info) as member:
-                    data = member.read(limit - size + 1)
-                size += len(data)
-                if size > limit:
-                    raise UserError(f"unpacked the zip is larger than {limit / 2**20:g} MB")
-                files.append((file, data))
-            return _plain_name(folder.rpartition("/")[2]) if folder else name, files
-    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, NotImplementedError, EOFError) as error:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError, NotImplementedError, EOFError) as error:
         raise UserError("the zip can't be read, it may be damaged or encrypted") from error
+
+
+def _samples(content: bytes) -> dict[str, list[zipfile.ZipInfo]]:
+    """The folders in a zip that are samples, with their files.
+
+    Raises:
+        UserError: there is none, or as `_readable_zip`.
+    """
+    folders: dict[str, list[zipfile.ZipInfo]] = {}
+    with _readable_zip(content) as archive:
+        for info in archive.infolist():
+            folder, _, file = info.filename.rpartition("/")
+            if SAMPLE_FILES.fullmatch(file):
+                folders.setdefault(folder, []).append(info)
+    found = {name: files for name, files in folders.items() if any(f.filename.endswith(MARKERS) for f in files)}
+    if not found:
+        raise UserError("there is no sample in this zip: it needs edit.json or meta_data.pkl")
+    return found
+
+
+def _unzipped(content: bytes, members: list[zipfile.ZipInfo], limit: int) -> list[tuple[str, bytes]]:
+    """Files of a zip, in memory.
+
+    Raises:
+        UserError: they are more than `limit` bytes, or as `_readable_zip`.
+    """
+    files, size = [], 0
+    with _readable_zip(content) as archive:
+        for info in members:
+            with archive.open(info) as member:
+                data = member.read(limit - size + 1)
+            size += len(data)
+            if size > limit:
+                raise UserError(f"unpacked the zip is larger than {limit / 2**20:g} MB")
+            files.append((info.filename.rpartition("/")[2], data))
+    return files
 
 
 def _zipped(folder: Path, more: dict[str, bytes]) -> bytes:
@@ -534,10 +600,12 @@ def serve(settings: UIConfig) -> None:
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((settings.host, settings.port))
+        opened.listen()  # who comes before the server is up waits
     except OSError as error:
         raise UserError(
             f"can't listen on {settings.host}:{settings.port} ({error.strerror or error}): choose another host or port"
         ) from error
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is tidied up, as after Ctrl-C
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     query = f"?token={settings.token}" if settings.token else ""
     with tempfile.TemporaryDirectory(prefix="dragdiff-ui-") as temporary:
@@ -549,4 +617,5 @@ def serve(settings: UIConfig) -> None:
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, ws="none")
         )
+        app.state.page.ending = lambda: server.should_exit
         server.run(sockets=[opened])

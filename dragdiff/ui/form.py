@@ -22,6 +22,7 @@ from dragdiff.config import (
 from dragdiff.errors import UserError
 
 ON_THE_PAGE = ("prompt", "points", "generate.enabled")  # other controls of the page stand for these
+LONGEST = 4000  # characters of a text
 GENERATED_WITH = ("seed", "ddim.steps", "generate.", "model.")  # keys that a generated picture depends on
 
 
@@ -31,10 +32,11 @@ class Form:
     def __init__(self, settings: UIConfig) -> None:
         """
         Raises:
-            UserError: an overlay that is to be offered is not there.
+            UserError: an overlay that is to be offered is not there, or is malformed.
         """
         self.settings = settings
         self.models = {Path(name).stem: find_overlay(name) for name in settings.models}
+        self.paths = {name: load_config([file]).model.path for name, file in self.models.items()}
         self.presets = {
             file.stem: file
             for file in sorted(config_folder().glob("*.yaml"))
@@ -91,7 +93,9 @@ class Form:
                 raise UserError(f"{key!r} can't be set on this page")
             choices = self.choices.get(key)
             if choices and value not in choices:
-                raise UserError(f"{key} is {value!r}: choose one of those that the page offers")
+                raise UserError(f"{key} is {str(value)[:80]!r}: choose one of those that the page offers")
+            if isinstance(value, str):
+                check_length(key, value)
         config = self._load(str(request.get("model") or ""), str(request.get("preset") or ""), {**changes, **settings})
         pixels = config.generate.width * config.generate.height
         if pixels > self.settings.max_megapixels * 1e6:
@@ -144,6 +148,15 @@ class Form:
     @staticmethod
     def _named(file: Path) -> str:
         return f"configs/{file.name}" if file.parent == config_folder() else str(file)
+
+
+def check_length(what: str, text: str) -> None:
+    """
+    Raises:
+        UserError: nobody writes so much; it would only be cut off, after long work.
+    """
+    if len(text) > LONGEST:
+        raise UserError(f"the {what} has {len(text)} characters: at most {LONGEST} are read")
 
 
 def _as_text(value: Any) -> str:

@@ -18,8 +18,10 @@ from dragdiff.callbacks import DragCallback
 from dragdiff.editor import OneModel, enough_memory
 from dragdiff.errors import UserError
 from dragdiff.models.drag import Drag
+from dragdiff.modules import motion, tracking
+from dragdiff.modules.backbone import Backbone, feature_strides
 from dragdiff.modules.features import FeatureMap
-from dragdiff.ui.worker import Cancelled, Task
+from dragdiff.ui.worker import Cancelled, Task, too_long
 
 
 class FinishOnRequest(DragCallback):
@@ -33,13 +35,25 @@ class FinishOnRequest(DragCallback):
             drag.stop("stopped")
 
 
+def choices(backbone: Backbone) -> dict[str, list[str]]:
+    """What may be chosen for settings that name something of the model or of the algorithm's parts, by key."""
+    layers = backbone.self_attention_layers
+    return {
+        "drag.features": list(feature_strides(backbone.network)),
+        "drag.supervision": sorted(motion.SUPERVISIONS),
+        "drag.tracker": sorted(tracking.TRACKERS),
+        "control.start_layer": list(dict.fromkeys(name.partition(".attentions")[0] for name in layers)),
+    }
+
+
 class Runner:
     """Runs tasks on one loaded model."""
 
     def __init__(self, send: Callable[[dict[str, Any]], None], cancel: Event, finish: Event, threads: int) -> None:
         """
         Args:
-            send: told where a task is: {"stage", "done", "total", "note"} or {"step", "handles", "preview"}.
+            send: told where a task is: {"stage", "done", "total", "note"} or {"step", "handles", "preview"}; and, once
+                its model is there, what settings may be with it: {"choices"}.
             cancel, finish, threads: as for `worker.work`.
         """
         self.send, self.cancel, self.finish = send, cancel, finish
@@ -62,7 +76,7 @@ class Runner:
             if self.cancel.is_set():
                 raise Cancelled
             if time.monotonic() > ends:
-                raise UserError(f"the run took longer than {task.minutes:g} minutes and was ended: ask for fewer steps")
+                raise UserError(too_long(task.minutes))
             self.send({"stage": stage, "done": done, "total": total, "note": note})
 
         config = dataclasses.replace(task.config, cache=dataclasses.replace(task.config.cache, folder=str(task.cache)))
@@ -70,6 +84,7 @@ class Runner:
             report("model", 0, 1, "")
             editor = self._model.editor(config if task.kind != "load" else task.config)
             report("model", 1, 1, "")
+            self.send({"choices": choices(editor.backbone)})
             editor.report = report
             if task.kind == "generate":
                 picture, _ = editor.generate(config.prompt)

@@ -14,18 +14,25 @@ from typing import Any
 from dragdiff.config import Config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
-from dragdiff.ui.worker import Task, work
+from dragdiff.ui.worker import Task, too_long, work
 
 ENDED = ("done", "failed", "cancelled")
 WAY_SHOWN = 400  # handle positions that the page is told of; a longer way is thinned out
 DIED = "the model's process ended ({}), most likely for want of memory: it starts again with the next run"
+PATIENCE = 60.0  # s that a step may take to obey; then the model's process is ended
 # What a step costs, in forwards of the denoiser; measured on Stable Diffusion's structure, for the time left only.
 FORWARDS = {"LoRA": 2.3, "inversion": 1.0, "drag": 2.2, "denoise": 2.05, "generate": 2.0}
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """One wish of a visitor, and what has become of it."""
+    """One wish of a visitor, and what has become of it.
+
+    Attributes:
+        way: (step, each handle's (x, y) in px of the picture).
+        previews: steps of which there is a preview.
+        version: grows with each change.
+    """
 
     kind: str
     config: Config
@@ -40,8 +47,7 @@ class Run:
     done: int = 0
     total: int = 0
     note: str = ""
-    way: list[list[list[float]]] = field(default_factory=list)
-    way_steps: list[int] = field(default_factory=list)
+    way: list[tuple[int, list[list[float]]]] = field(default_factory=list)
     previews: list[int] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     version: int = 0
@@ -61,12 +67,11 @@ class Run:
             if self.done and self.note != "from the cache" and self.stage in FORWARDS:
                 self._pace = (now - self._stage_began) / (self.done * self._forwards(self.stage))
         else:
-            self.way.append(message["handles"])
-            self.way_steps.append(message["step"])
+            self.way.append((message["step"], message["handles"]))
             if message["preview"]:
                 self.previews.append(message["step"])
             if len(self.way) > WAY_SHOWN:
-                del self.way[1:-1:2], self.way_steps[1:-1:2]
+                del self.way[1:-1:2]
         self.version += 1
 
     def seconds_left(self) -> float | None:
@@ -101,7 +106,6 @@ class Run:
         left = self.seconds_left() if self.status == "running" else None
         keys = ("id", "kind", "status", "message", "stage", "done", "total", "note", "way", "previews", "facts")
         return {key: getattr(self, key) for key in keys} | {
-            "waySteps": self.way_steps,
             "request": self.request,
             "ahead": ahead,
             "secondsLeft": left if left is None else round(left, 1),
@@ -114,6 +118,7 @@ class Queue:
 
     def __init__(self, *, threads: int = 0, minutes: float = 0.0) -> None:
         self.threads, self.minutes = threads, minutes
+        self.choices: dict[str, dict[str, list[str]]] = {}  # of settings, by model.path, once it was loaded
         self._changed = threading.Condition()
         self._waiting: list[Run] = []
         self._running: Run | None = None
@@ -121,6 +126,7 @@ class Queue:
         self._closed = False
         self._context = multiprocessing.get_context("spawn")
         self._cancel, self._finish = self._context.Event(), self._context.Event()
+        self._cancelled_at = 0.0
         self._process: Any = None
         self._connection: Any = None
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -135,9 +141,7 @@ class Queue:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._process is not None:
-            self._process.kill()
-        self._thread.join(5)
+        self._thread.join(10)
 
     def add(self, run: Run, *, most: int, most_each: int) -> None:
         """
@@ -166,7 +170,8 @@ class Queue:
                 self._waiting.remove(run)
                 run.status = "cancelled"
                 run.version += 1
-            elif run is self._running:
+            elif run is self._running and not self._cancel.is_set():
+                self._cancelled_at = time.monotonic()
                 self._cancel.set()
 
     def finish(self, run: Run) -> None:
@@ -184,7 +189,7 @@ class Queue:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
-                    return
+                    break
                 run = self._running = self._waiting.pop(0)
                 self._cancel.clear()
                 self._finish.clear()
@@ -196,23 +201,35 @@ class Queue:
                 run.facts = {key: value for key, value in outcome.items() if key not in ("status", "message")}
                 run.message, run.status = outcome.get("message", ""), outcome["status"]
                 run.version += 1
+        self._end_worker()
 
     def _do(self, task: Task, run: Run | None) -> dict[str, Any]:
         try:
             self._ensure_worker()
             self._connection.send(task)
+            began = time.monotonic()
             while True:
+                while not self._connection.poll(0.5):
+                    if outcome := self._given_up(time.monotonic() - began if run else 0.0):
+                        self._end_worker()
+                        return outcome
                 message = self._connection.recv()
                 if "status" in message:
                     return message
-                if run is not None:
+                if "choices" in message:
+                    self.choices[task.config.model.path] = message["choices"]
+                elif run is not None:
                     run.told(message, time.monotonic())
         except (EOFError, OSError):
-            if self._process is not None:
-                self._process.join(5)
-            code = None if self._process is None else self._process.exitcode
-            self._process = None
-            return {"status": "failed", "message": DIED.format(f"exit code {code}")}
+            return {"status": "failed", "message": DIED.format(f"exit code {self._end_worker()}")}
+
+    def _given_up(self, seconds: float) -> dict[str, Any] | None:
+        """What becomes of a run that has taken so long and says nothing; None = wait on."""
+        if self._closed or (self._cancel.is_set() and time.monotonic() - self._cancelled_at > PATIENCE):
+            return {"status": "cancelled"}
+        if self.minutes and seconds > 60 * self.minutes + PATIENCE:
+            return {"status": "failed", "message": too_long(self.minutes)}
+        return None
 
     def _ensure_worker(self) -> None:
         if self._process is not None and self._process.is_alive():
@@ -222,3 +239,14 @@ class Queue:
         self._process = self._context.Process(target=work, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
+
+    def _end_worker(self) -> int | None:
+        """Its exit code."""
+        if self._process is None:
+            return None
+        self._connection.close()
+        self._process.join(1)  # when idle, or with a code that says why
+        self._process.kill()
+        self._process.join()
+        code, self._process = self._process.exitcode, None
+        return code

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from dragdiff.ui.runs import Run
 
 PICTURES_EACH = 20  # opened pictures of a visitor that are kept; runs have copies of theirs
 MOST_VISITORS = 1000
+PREFIX = "visitor-"  # of their folders
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Visitor:
     pictures: dict[str, Picture] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
 
+    @property
+    def busy(self) -> bool:
+        return any(not run.ended for run in list(self.runs.values()))
+
     def add_picture(self, pixels: np.ndarray, name: str, generated: dict[str, Any] | None = None) -> Picture:
         """Keep a picture (H, W, 3) uint8 as PNG; the oldest goes where there are too many."""
         id = secrets.token_urlsafe(9)
@@ -55,7 +62,8 @@ class Visitor:
         Image.fromarray(pixels).save(file)
         picture = self.pictures[id] = Picture(id, name, file, pixels.shape[1], pixels.shape[0], generated)
         while len(self.pictures) > PICTURES_EACH:
-            self.pictures.pop(next(iter(self.pictures))).file.unlink(missing_ok=True)
+            if oldest := self.pictures.pop(next(iter(self.pictures)), None):  # None: another upload was quicker
+                oldest.file.unlink(missing_ok=True)
         return picture
 
     def picture(self, id: Any) -> Picture:
@@ -102,19 +110,25 @@ class Visitors:
         return visitor
 
     def new(self) -> tuple[str, Visitor]:
-        """A new visitor with their secret; where there are very many, the one not seen for longest goes."""
+        """A new visitor with their secret; where there are very many, one of them goes."""
         if len(self._visitors) >= MOST_VISITORS:
-            self._remove(min(self._visitors, key=lambda secret: self._visitors[secret].seen))
+            known = self._visitors
+            self._remove(min(known, key=lambda one: (known[one].busy, bool(known[one].pictures), known[one].seen)))
         secret = secrets.token_urlsafe(24)
-        visitor = self._visitors[secret] = Visitor(self.folder / secrets.token_hex(8), self.clock())
+        visitor = self._visitors[secret] = Visitor(self.folder / f"{PREFIX}{secrets.token_hex(8)}", self.clock())
         return secret, visitor
 
     def forget_the_gone(self) -> None:
-        """Delete all that belongs to those who have not been seen for so long."""
+        """Delete all that belongs to those who have not been seen for so long, and what an earlier server left."""
         for secret, visitor in list(self._visitors.items()):
-            busy = any(not run.ended for run in visitor.runs.values())
-            if not busy and self.clock() - visitor.seen > self.keep_seconds:
+            if not visitor.busy and self.clock() - visitor.seen > self.keep_seconds:
                 self._remove(secret)
+            elif visitor.folder.is_dir():
+                os.utime(visitor.folder)  # another server may share the place: it is not an earlier one's
+        for folder in self.folder.glob(f"{PREFIX}*"):
+            with suppress(OSError):
+                if time.time() - folder.stat().st_mtime > self.keep_seconds:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _remove(self, secret: str) -> None:
         shutil.rmtree(self._visitors.pop(secret).folder, ignore_errors=True)

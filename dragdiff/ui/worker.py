@@ -43,6 +43,10 @@ class Cancelled(Exception):
     """The person does not want it any more."""
 
 
+def too_long(minutes: float) -> str:
+    return f"the run took longer than {minutes:g} minutes and was ended: ask for fewer steps"
+
+
 def work(connection: Connection, cancel: Event, finish: Event, threads: int) -> None:
     """Answers each task with messages, the last of which says "done", "cancelled" or "failed"; None ends the process.
 

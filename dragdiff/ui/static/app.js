@@ -5,7 +5,7 @@ import { difference, drawCurve, drawLive, make, slider } from "./views.js";
 const $ = (id) => document.getElementById(id);
 const canvas = new DragCanvas($("canvas"));
 const runs = new Map(); // by id, in the order they came
-let start, picture = null, current = null, wanted = null, values = {};
+let start, picture = null, current = null, wanted = null, values = {}, offered = {}, loaded = "";
 const changed = {}; // settings that differ from those of model and preset
 
 // ------------------------------------------------------------------------------ the server
@@ -53,13 +53,57 @@ async function fetchData(url) { // a data URL as a Blob; fetch() of one is not w
   return new Blob([bytes], { type: "image/png" });
 }
 
-async function upload(files) {
-  if (!files.length) return;
+async function upload(files, sample) {
   const most = start.limits.megabytes;
-  if ([...files].reduce((sum, f) => sum + f.size, 0) > most * 2 ** 20) throw new Error(`the upload is larger than ${most} MB`);
+  if (files.reduce((sum, f) => sum + f.size, 0) > most * 2 ** 20) throw new Error(`the upload is larger than ${most} MB`);
   const form = new FormData();
-  [...files].forEach((file, i) => form.append(`file${i}`, file));
-  await show(await ask("/api/open", form));
+  files.forEach((file, i) => form.append(`file${i}`, file));
+  if (sample !== undefined) form.append("sample", sample);
+  const opened = await ask("/api/open", form);
+  if (opened.samples) offer(opened.samples, (name) => upload(files, name));
+  else await show(opened);
+}
+
+/** Open files, or the sample among those of a folder; of several the person chooses. */
+async function open(files) {
+  $("choice").hidden = true;
+  const folders = new Map();
+  for (const file of files) {
+    const path = (file.path ?? file.webkitRelativePath ?? "").split("/").slice(0, -1).join("/");
+    folders.set(path, [...(folders.get(path) ?? []), file]);
+  }
+  const samples = [...folders].filter(([, inside]) => inside.some(({ name }) => /\.(json|pkl)$/.test(name)));
+  if (samples.length > 1) offer(samples.map(([path]) => path).sort(), (path) => upload(folders.get(path), path.split("/").at(-1)));
+  else if (samples.length) await upload(samples[0][1], samples[0][0].split("/").at(-1) || undefined);
+  else if (folders.has("")) await upload(files);
+  else throw new Error("there is no sample in this folder: it needs edit.json or meta_data.pkl");
+}
+
+/** Let the person choose one of several samples; and then another. */
+function offer(names, work) {
+  choices("choose", names, [make("option", { value: "", textContent: `one of ${names.length}…` })]);
+  $("choose").onchange = (e) => e.target.value && attempt(() => work(e.target.value));
+  $("choice").hidden = false;
+  $("choose").focus();
+}
+
+/** The files that are dropped; those in a folder know their path in it. */
+async function dropped(transfer) {
+  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()); // at once: the list is empty later
+  if (!entries.some((entry) => entry?.isDirectory)) return [...transfer.files];
+  const files = [];
+  const walk = async (entry) => {
+    if (entry.isFile) {
+      const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+      files.push(Object.assign(file, { path: entry.fullPath.slice(1) }));
+      return;
+    }
+    const reader = entry.createReader();
+    for (let some; (some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject))).length;)
+      for (const one of some) await walk(one);
+  };
+  for (const entry of entries) if (entry) await walk(entry);
+  return files;
 }
 
 async function request() {
@@ -87,7 +131,8 @@ function refresh() {
     const field = (end, axis) => make("input", {
       type: "number", min: 0, step: "any", value: +pair[end][axis].toFixed(1), ariaLabel: `pair ${i + 1}, ${["handle", "target"][end]}, ${"xy"[axis]}`,
       onchange: (e) => {
-        const moved = structuredClone(canvas.points[i]);
+        if (e.target.value === "") return (e.target.value = +pair[end][axis].toFixed(1));
+        const moved = canvas.points[i]; // a copy
         moved[end][axis] = Math.min(Math.max(0, +e.target.value), (axis ? canvas.height : canvas.width) - 1);
         canvas.setPair(i, moved);
       },
@@ -102,35 +147,51 @@ function refresh() {
 const settings = () => ({ model: $("model").value, preset: $("preset").value, settings: { ...changed } });
 
 async function baseValues() {
-  values = await ask(`/api/values?model=${encodeURIComponent($("model").value)}&preset=${encodeURIComponent($("preset").value)}`);
+  const of = new URLSearchParams({ model: $("model").value, preset: $("preset").value });
+  ({ values, choices: offered } = await ask(`/api/values?${of}`));
   fillFields();
 }
 
 function fillFields() {
+  const focused = document.activeElement?.id;
   const groups = { fields: [], "generate-fields": [] };
-  for (const f of start.fields) groups[f.key.startsWith("generate.") ? "generate-fields" : "fields"].push(field(f));
+  for (const f of start.fields) {
+    if (!f.key.startsWith("generate.")) groups.fields.push(field(f));
+    if (f.key.startsWith("generate.") || f.key === "seed") groups["generate-fields"].push(field(f, "wish"));
+  }
   for (const [id, rows] of Object.entries(groups)) $(id).replaceChildren(...rows);
+  if (focused) $(focused)?.focus();
 }
 
-function field(f) {
+function field(f, prefix = "field") {
   const value = changed[f.key] ?? values[f.key];
+  const known = f.choices.length ? f.choices : offered[f.key] ?? [];
   let input;
-  if (f.choices.length) {
-    input = make("select", {}, ...f.choices.map((c) => make("option", { value: c, textContent: c || "(the model's own)" })));
+  if (known.length && f.kind === "list") {
+    input = make("fieldset", {}, make("legend", { textContent: f.key }), ...known.map((c) => make("label", {},
+      make("input", { type: "checkbox", value: c, checked: value.includes(c), id: `${prefix}-${f.key}-${c}` }), ` ${c}`)));
+  } else if (known.length) {
+    const all = known.includes(value) ? known : [...known, value]; // a layer may also be named by its number
+    input = make("select", {}, ...all.map((c) => make("option", { value: c, textContent: c || "(the model's own)" })));
     input.value = value;
   } else if (f.kind === "bool") input = make("input", { type: "checkbox", checked: value });
   else if (f.kind === "int" || f.kind === "float") input = make("input", { type: "number", step: f.kind === "int" ? 1 : "any", value });
   else input = make("input", { type: "text", value: f.kind === "list" ? value.join(", ") : value });
-  input.id = `field-${f.key}`;
-  const row = make("div", { className: f.key in changed ? "field changed" : "field" },
-    make("label", { htmlFor: input.id, textContent: f.key }), input,
+  input.id = `${prefix}-${f.key}`;
+  const label = input.tagName === "FIELDSET" ? [] : [make("label", { htmlFor: input.id, textContent: f.key })];
+  const row = make("div", { className: f.key in changed ? "field changed" : "field" }, ...label, input,
     make("small", { textContent: f.explanation + (f.allowed ? ` [${f.allowed}]` : "") }));
   input.addEventListener("change", () => {
-    const given = f.kind === "bool" ? input.checked : f.kind === "list" ? input.value.split(",").map((s) => s.trim()).filter(Boolean)
+    const given = f.kind === "bool" ? input.checked
+      : input.tagName === "FIELDSET" ? known.filter((c) => input.querySelector(`[value="${c}"]`).checked)
+      : f.kind === "list" ? input.value.split(",").map((s) => s.trim()).filter(Boolean)
       : f.kind === "int" || f.kind === "float" ? (input.value === "" ? values[f.key] : +input.value) : input.value;
     if (JSON.stringify(given) === JSON.stringify(values[f.key])) delete changed[f.key];
     else changed[f.key] = given;
-    row.classList.toggle("changed", f.key in changed);
+    for (const twin of document.querySelectorAll(`[id$="-${f.key}"]`)) { // the seed is shown twice
+      twin.value = input.value;
+      twin.parentElement.classList.toggle("changed", f.key in changed);
+    }
     attempt(command);
   });
   return row;
@@ -164,6 +225,8 @@ const shown = new Map(); // preview pictures by address
 async function showRun(run) {
   const live = run.status === "running" || run.status === "queued";
   $("state").textContent = words(run);
+  const said = live && run.status === "running" ? run.stage : words(run); // each step read aloud would be too much
+  if ($("said").textContent !== said) $("said").textContent = said;
   $("state").className = run.status === "failed" ? "bad" : "";
   $("progress").hidden = !live;
   $("progress").value = run.total ? run.done / run.total : 0;
@@ -171,7 +234,7 @@ async function showRun(run) {
   $("finish").hidden = !(run.status === "running" && run.stage === "drag");
   const { points } = run.request;
   $("curve-box").hidden = !run.way.length;
-  if (run.way.length) drawCurve($("curve"), run.waySteps, run.way, points, run.waySteps.at(-1));
+  if (run.way.length) drawCurve($("curve"), run.way, points);
   const last = run.previews.at(-1);
   $("live").hidden = last === undefined || run.status === "done";
   if (last !== undefined && run.status !== "done") {
@@ -179,7 +242,8 @@ async function showRun(run) {
     const image = shown.get(src) ?? new Image();
     if (!image.src) { shown.clear(); shown.set(src, image); image.src = src; }
     await image.decode().catch(() => {});
-    if (run.id === current && image.naturalWidth) drawLive($("live"), image, run.size, run.way, points);
+    if (run.id !== current || run !== runs.get(run.id)) return; // meanwhile there is newer
+    if (image.naturalWidth) drawLive($("live"), image, run.size, run.way, points);
   }
   if (run.status === "done" && $("result").dataset.run !== run.id) {
     $("result").dataset.run = run.id;
@@ -215,56 +279,81 @@ function actions(run, inHistory) {
 function compare(run) {
   const left = file(run, "source.png"), right = file(run, "edited.png");
   const stage = make("div");
-  const modes = {
-    Slider: () => slider(left, right),
-    "Side by side": () => make("div", { className: "two" }, make("img", { src: left, alt: "source" }), make("img", { src: right, alt: "edited" })),
-    Difference: () => difference(left, right),
+  const views = {
+    Slider: slider,
+    "Side by side": (a, b) => make("div", { className: "two" }, make("img", { src: a, alt: "left" }), make("img", { src: b, alt: "edited" })),
+    Difference: difference,
   };
-  const choose = make("select", { ariaLabel: "View" }, ...Object.keys(modes).map((m) => make("option", { textContent: m })));
+  const choose = make("select", { ariaLabel: "View" }, ...Object.keys(views).map((name) => make("option", { textContent: name })));
   const others = [...runs.values()].filter((other) => other.status === "done" && other.kind === "edit" && other.id !== run.id);
   const against = make("select", { ariaLabel: "Compare with" }, make("option", { value: "", textContent: "its source" }),
     ...others.map((other) => make("option", { value: other.id, textContent: title(other) })));
   const draw = async () => {
-    const [a, b] = [against.value ? file(runs.get(against.value), "edited.png") : left, right];
-    const view = choose.value === "Slider" ? slider(a, b) : choose.value === "Difference" ? await difference(a, b)
-      : make("div", { className: "two" }, make("img", { src: a, alt: "left" }), make("img", { src: b, alt: "edited" }));
-    stage.replaceChildren(view);
+    stage.replaceChildren(await views[choose.value](against.value ? `/api/runs/${against.value}/edited.png` : left, right));
   };
   choose.onchange = against.onchange = () => attempt(draw);
   $("view").replaceChildren(make("p", { className: "bar" }, title(run), " against ", against, choose), stage);
   attempt(draw);
 }
 
+const numbers = new Map(); // by id; they stay when a run is deleted
+
 const title = (run) => {
-  const number = [...runs.keys()].indexOf(run.id) + 1;
+  if (!numbers.has(run.id)) numbers.set(run.id, numbers.size + 1);
+  const number = numbers.get(run.id);
   const what = Object.entries(run.request.settings ?? {}).map(([k, v]) => `${k}=${v}`).join(" ");
   return `${number}. ${run.request.name ?? "generated"}, ${run.request.model} ${run.request.preset ?? ""} ${what}`.trim();
 };
 
-function showHistory() {
-  $("history").replaceChildren(...[...runs.values()].reverse().map((run) => {
+const rows = new Map(); // of the history, by run's id; each is made anew only when its run begins or ends
+
+function showInHistory(run) {
+  let row = rows.get(run.id);
+  if (row?.dataset.status !== run.status) {
     const thumb = run.status === "done" ? make("img", { src: file(run, run.kind === "edit" ? "edited.png" : "generated.png"), alt: "" }) : make("span");
-    return make("li", {}, thumb, make("div", {}, make("div", { textContent: title(run) }), make("div", { className: "soft", textContent: words(run) }), actions(run, true)));
-  }));
-  if (!runs.size) $("history").replaceChildren(make("li", { textContent: "None yet." }));
+    const parts = [thumb, make("div", {}, make("div", { textContent: title(run) }), make("div", { className: "soft" }), actions(run, true))];
+    if (!row) $("history").prepend(row = make("li"));
+    row.replaceChildren(...parts);
+    row.dataset.status = run.status;
+    rows.set(run.id, row);
+  }
+  row.querySelector(".soft").textContent = words(run);
+}
+
+function forget(id) {
+  runs.delete(id);
+  rows.get(id)?.remove();
+  rows.delete(id);
 }
 
 function listen() {
   const stream = new EventSource("/api/events");
+  let lost = false;
+  stream.onerror = () => attempt(() => {
+    lost = true;
+    throw new Error(stream.readyState === EventSource.CLOSED ? "the server does not know this page any more: reload it" : "the server does not answer; trying again…");
+  });
+  stream.onopen = () => { if (lost) $("error").hidden = true; lost = false; };
   stream.onmessage = ({ data }) => {
     const told = JSON.parse(data);
     for (const run of told.runs) {
+      const before = runs.get(run.id)?.status;
       runs.set(run.id, run);
+      showInHistory(run);
       const active = ["queued", "running"].includes(run.status);
       if (run.kind === "edit" && (run.id === wanted || (current === null && active))) { current = run.id; wanted = null; }
       if (run.id === current) showRun(run);
-      if (run.kind === "generate") {
+      if (run === [...runs.values()].findLast(({ kind }) => kind === "generate")) {
         $("make-state").textContent = words(run);
-        if (run.status === "done") $("made").replaceChildren(make("img", { src: file(run, "generated.png"), alt: run.request.prompt, className: "difference" }), actions(run, false));
+        $("make-state").className = run.status === "failed" ? "bad" : "";
+        if (run.status !== before) $("made").replaceChildren(
+          ...(run.status === "done" ? [make("img", { src: file(run, "generated.png"), alt: run.request.prompt, className: "difference" })] : []),
+          actions(run, run.status !== "done"));
       }
     }
-    for (const id of told.gone) runs.delete(id);
-    showHistory();
+    told.gone.forEach(forget);
+    $("none").hidden = runs.size > 0;
+    if (loaded !== (loaded = told.loaded.join())) attempt(baseValues); // its settings' choices are known now
   };
 }
 
@@ -294,12 +383,13 @@ for (const tab of document.querySelectorAll("[role=tab]")) {
 }
 canvas.addEventListener("change", refresh);
 on("open", "click", () => $("file").click());
-on("file", "change", async (e) => { await upload(e.target.files); e.target.value = ""; });
+on("open-folder", "click", () => $("folder").click());
+for (const id of ["file", "folder"]) on(id, "change", async (e) => { const files = [...e.target.files]; e.target.value = ""; if (files.length) await open(files); });
 on("samples", "change", async (e) => { if (e.target.value) await show(await ask("/api/open", { sample: e.target.value })); e.target.value = ""; });
 document.addEventListener("dragover", (e) => { e.preventDefault(); document.body.classList.add("drop"); });
 document.addEventListener("dragleave", () => document.body.classList.remove("drop"));
-document.addEventListener("drop", (e) => { e.preventDefault(); document.body.classList.remove("drop"); attempt(() => upload(e.dataTransfer.files)); });
-document.addEventListener("paste", (e) => { if (e.clipboardData.files.length) attempt(() => upload(e.clipboardData.files)); });
+document.addEventListener("drop", (e) => { e.preventDefault(); document.body.classList.remove("drop"); attempt(async () => { const files = await dropped(e.dataTransfer); if (files.length) await open(files); }); });
+document.addEventListener("paste", (e) => { if (e.clipboardData.files.length) attempt(() => open([...e.clipboardData.files])); });
 for (const radio of document.querySelectorAll("[name=tool]")) radio.addEventListener("change", () => (canvas.tool = radio.value));
 on("size", "input", (e) => (canvas.brushSize = +e.target.value));
 on("opacity", "input", (e) => (canvas.maskOpacity = e.target.value / 100));
@@ -332,7 +422,6 @@ attempt(async () => {
   choices("preset", start.presets, [make("option", { value: "", textContent: "none" })]);
   await baseValues();
   listen();
-  showHistory();
   canvas.maskOpacity = $("opacity").value / 100;
   // its mask stays, its points don't: the first drag is the visitor's own
   await show(await ask("/api/open", { sample: start.samples.find((name) => name.startsWith("example:")) }), { points: [] });

@@ -1,7 +1,7 @@
-/** A canvas on which a person places drag points and paints a mask over a picture. */
+// A canvas on which a person places drag points and paints a mask over a picture: its state, view and gestures.
+import { HANDLE, TARGET, arrow, crosshair, dot, haloed, label } from "./marks.js";
+import { Mask, sheet } from "./mask.js";
 
-const HANDLE = "#e41a1c", TARGET = "#1f5adc", INK = "#222", TINT = "rgb(255,170,0)";
-const DOT = 6; // radius of a drawn point, CSS px
 const REACH = 14; // how near a press must be to take hold of a point, CSS px
 const SLACK = 3; // a press that moves no further than this is a click, CSS px
 const MARGIN = 12; // left free around a fitted picture, CSS px
@@ -13,11 +13,6 @@ const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
 const distance = ([ax, ay], [bx, by]) => Math.hypot(ax - bx, ay - by);
 const middle = ([ax, ay], [bx, by]) => [(ax + bx) / 2, (ay + by) / 2];
 const same = (a, b) => a[0] === b[0] && a[1] === b[1];
-
-/** An off-screen canvas of the given size. */
-function sheet(width, height) {
-  return Object.assign(document.createElement("canvas"), { width, height });
-}
 
 /** Decode a URL or Blob; through <img>, since the page's CSP lets images, not fetch, read data: URLs. */
 async function decode(source) {
@@ -35,7 +30,7 @@ async function decode(source) {
 export class DragCanvas extends EventTarget {
   #canvas; #ctx; #picture = null; #loads = 0; #frame = 0;
   #state = EMPTY; #undo = []; #redo = [];
-  #mask = sheet(1, 1); #painted = false; // #painted: null while not known
+  #mask = new Mask(1, 1);
   #scale = 1; #origin = [0, 0]; #fitted = true; // screen = picture * scale + origin
   #tool = "points"; #brushSize = 24; #maskOpacity = 0.5;
   #gesture = null; #touches = new Map(); #hover = null;
@@ -73,12 +68,12 @@ export class DragCanvas extends EventTarget {
     const [w, h] = [image.naturalWidth, image.naturalHeight];
     this.#picture = sheet(w, h);
     this.#picture.getContext("2d").drawImage(image, 0, 0);
-    this.#mask = sheet(w, h);
+    this.#mask = new Mask(w, h);
     this.#undo = [];
     this.#redo = [];
-    this.#state = { ...EMPTY, pairs: points.map((p) => this.#pair(p)), base: grey && this.#fromGrey(grey) };
+    this.#state = { ...EMPTY, pairs: points.map((p) => this.#pair(p)), base: grey && this.#mask.layer(grey) };
     this.#cursor = [w >> 1, h >> 1];
-    this.#repaint();
+    this.#mask.draw(this.#state);
     this.fit();
     this.#changed();
   }
@@ -89,7 +84,6 @@ export class DragCanvas extends EventTarget {
   get pending() { return this.#state.pending && [...this.#state.pending]; }
   get canUndo() { return this.#undo.length > 0; }
   get canRedo() { return this.#redo.length > 0; }
-  get zoom() { return this.#scale; }
   get tool() { return this.#tool; }
   set tool(value) { this.#cancel(); this.#tool = value; this.#request(); }
   get brushSize() { return this.#brushSize; }
@@ -97,25 +91,10 @@ export class DragCanvas extends EventTarget {
   get maskOpacity() { return this.#maskOpacity; }
   set maskOpacity(value) { this.#maskOpacity = clamp(Number(value) || 0, 0, 1); this.#request(); }
 
-  /** Whether any pixel is painted; read from the pixels, as the eraser may have taken all back. */
-  get hasMask() {
-    const { strokes, base } = this.#state;
-    if (!strokes.length && !base) return false;
-    return (this.#painted ??= this.#alpha(this.#mask).data.some((v, i) => i % 4 === 3 && v > 127));
-  }
-
   /** The mask as a PNG Blob, white on black, or null if nothing is painted. */
   async mask() {
-    if (!this.hasMask) return null;
-    const image = this.#alpha(this.#mask), { data } = image;
-    // Two-valued, so that soft brush edges mean the same to every reader.
-    for (let i = 0; i < data.length; i += 4) {
-      data[i] = data[i + 1] = data[i + 2] = data[i + 3] > 127 ? 255 : 0;
-      data[i + 3] = 255;
-    }
-    const out = sheet(this.width, this.height);
-    out.getContext("2d").putImageData(image, 0, 0);
-    return new Promise((resolve) => out.toBlob(resolve, "image/png"));
+    const { strokes, base } = this.#state;
+    return strokes.length || base ? this.#mask.toBlob() : null; // most have none: no need to look at the pixels
   }
 
   // ---- points, mask, history ----
@@ -132,11 +111,6 @@ export class DragCanvas extends EventTarget {
     if (this.#state.pairs[i]) this.#commit({ pairs: this.#state.pairs.filter((_, j) => j !== i) });
   }
 
-  /** Append a complete pair. */
-  addPair(pair) {
-    if (this.#picture) this.#commit({ pairs: [...this.#state.pairs, this.#pair(pair)] });
-  }
-
   /** Remove all points. */
   clearPoints() {
     if (this.#state.pairs.length || this.#state.pending) this.#commit({ pairs: [], pending: null });
@@ -151,12 +125,7 @@ export class DragCanvas extends EventTarget {
   invertMask() {
     if (!this.#picture) return;
     this.#cancel(); // a stroke under way is not part of the mask
-    const base = sheet(this.width, this.height), ctx = base.getContext("2d");
-    ctx.fillStyle = TINT;
-    ctx.fillRect(0, 0, base.width, base.height);
-    ctx.globalCompositeOperation = "destination-out";
-    ctx.drawImage(this.#mask, 0, 0);
-    this.#commit({ strokes: [], base });
+    this.#commit({ strokes: [], base: this.#mask.inverted() });
   }
 
   /** Take the last change back. */
@@ -183,7 +152,7 @@ export class DragCanvas extends EventTarget {
   #adopt(state) {
     const old = this.#state;
     this.#state = state;
-    if (state.strokes !== old.strokes || state.base !== old.base) this.#repaint();
+    if (state.strokes !== old.strokes || state.base !== old.base) this.#mask.draw(this.#state);
     this.#changed();
   }
 
@@ -218,48 +187,6 @@ export class DragCanvas extends EventTarget {
     return { ...state, pairs: state.pairs.with(pair, state.pairs[pair].with(end, p)) };
   }
 
-  #alpha(canvas) { return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height); }
-
-  /** A base layer out of a grey picture: its grey becomes alpha. */
-  #fromGrey(image) {
-    const base = sheet(this.width, this.height), ctx = base.getContext("2d");
-    ctx.imageSmoothingEnabled = false;
-    ctx.drawImage(image, 0, 0, base.width, base.height);
-    const pixels = this.#alpha(base), { data } = pixels;
-    for (let i = 0; i < data.length; i += 4) data[i + 3] = Math.round((data[i] * data[i + 3]) / 255);
-    ctx.putImageData(pixels, 0, 0);
-    ctx.globalCompositeOperation = "source-in";
-    ctx.fillStyle = TINT;
-    ctx.fillRect(0, 0, base.width, base.height);
-    return base;
-  }
-
-  /** Draw the mask anew out of the state. */
-  #repaint() {
-    const ctx = this.#mask.getContext("2d");
-    ctx.globalCompositeOperation = "source-over";
-    ctx.clearRect(0, 0, this.width, this.height);
-    if (this.#state.base) ctx.drawImage(this.#state.base, 0, 0);
-    this.#painted = null;
-    for (const stroke of this.#state.strokes) this.#paint(stroke);
-  }
-
-  /** Draw a stroke into the mask, from its given point on. */
-  #paint({ erase, size, points }, from = 0) {
-    const ctx = this.#mask.getContext("2d");
-    ctx.globalCompositeOperation = erase ? "destination-out" : "source-over";
-    ctx.fillStyle = ctx.strokeStyle = TINT;
-    ctx.lineWidth = size;
-    ctx.lineCap = ctx.lineJoin = "round";
-    ctx.beginPath(); // a dot of its own: a line of no length may draw nothing
-    ctx.arc(...points[from], size / 2, 0, 2 * Math.PI);
-    ctx.fill();
-    ctx.beginPath();
-    for (const p of points.slice(Math.max(from - 1, 0))) ctx.lineTo(...p);
-    ctx.stroke();
-    this.#painted = null;
-  }
-
   // ---- view ----
 
   /** Show the whole picture. */
@@ -269,7 +196,7 @@ export class DragCanvas extends EventTarget {
     if (!this.#picture || !W || !H) return; // hidden: the ResizeObserver calls again
     this.#scale = this.#fitScale();
     this.#origin = [(W - this.width * this.#scale) / 2, (H - this.height * this.#scale) / 2];
-    this.#viewed();
+    this.#request();
   }
 
   /** Zoom about the middle of the canvas. */
@@ -288,18 +215,13 @@ export class DragCanvas extends EventTarget {
     this.#scale = scale;
     this.#origin = [x - (x - ox) * k, y - (y - oy) * k];
     this.#fitted = false;
-    this.#viewed();
+    this.#request();
   }
 
   #pan(dx, dy) {
     this.#origin = [this.#origin[0] + dx, this.#origin[1] + dy];
     this.#fitted = false;
     this.#request();
-  }
-
-  #viewed() {
-    this.#request();
-    this.dispatchEvent(new Event("view"));
   }
 
   #toPicture([x, y]) { return [(x - this.#origin[0]) / this.#scale, (y - this.#origin[1]) / this.#scale]; }
@@ -353,7 +275,7 @@ export class DragCanvas extends EventTarget {
     } else if (e.button === 0) {
       const stroke = { erase: this.#tool === "eraser", size: this.#brushSize, points: [this.#toPicture(at)] };
       this.#gesture = { kind: "stroke", id, stroke };
-      this.#paint(stroke);
+      this.#mask.paint(stroke);
     }
   }
 
@@ -371,7 +293,7 @@ export class DragCanvas extends EventTarget {
       const events = e.getCoalescedEvents?.() ?? [];
       const from = g.stroke.points.length;
       for (const one of events.length ? events : [e]) g.stroke.points.push(this.#toPicture(this.#at(one)));
-      this.#paint(g.stroke, from);
+      this.#mask.paint(g.stroke, from);
     } else if (g.hit) {
       g.moved ||= distance(at, g.start) > SLACK;
       if (!g.moved) return;
@@ -430,7 +352,7 @@ export class DragCanvas extends EventTarget {
   #cancel() {
     const g = this.#gesture;
     this.#gesture = null;
-    if (g?.kind === "stroke") this.#repaint();
+    if (g?.kind === "stroke") this.#mask.draw(this.#state);
     if (g?.now) this.#adopt(g.before);
     this.#request();
   }
@@ -511,26 +433,26 @@ export class DragCanvas extends EventTarget {
     ctx.imageSmoothingEnabled = this.#scale <= 4;
     ctx.drawImage(this.#picture, ...box);
     ctx.globalAlpha = this.#maskOpacity;
-    ctx.drawImage(this.#mask, ...box);
+    ctx.drawImage(this.#mask.canvas, ...box);
     ctx.globalAlpha = 1;
 
     const { pairs, pending } = this.#state;
     const pointer = this.#keyboard ? this.#centre(this.#cursor) : this.#hover;
-    pairs.forEach(([a, b]) => this.#arrow(this.#centre(a), this.#centre(b)));
+    pairs.forEach(([a, b]) => arrow(ctx, this.#centre(a), this.#centre(b)));
     pairs.forEach(([a, b], i) => {
-      this.#dot(this.#centre(a), HANDLE);
-      this.#dot(this.#centre(b), TARGET);
-      this.#label(this.#centre(a), i + 1);
+      dot(ctx, this.#centre(a), HANDLE);
+      dot(ctx, this.#centre(b), TARGET);
+      label(ctx, this.#centre(a), i + 1);
     });
     if (pending) {
       const from = this.#centre(pending);
-      if (pointer && this.#tool === "points") this.#haloed((c) => { c.moveTo(...from); c.lineTo(...pointer); }, [5, 4]);
-      this.#dot(from, HANDLE);
-      this.#label(from, pairs.length + 1);
+      if (pointer && this.#tool === "points") haloed(ctx, (c) => { c.moveTo(...from); c.lineTo(...pointer); }, [5, 4]);
+      dot(ctx, from, HANDLE);
+      label(ctx, from, pairs.length + 1);
     }
     const brush = this.#tool === "brush" || this.#tool === "eraser";
-    if (brush && pointer) this.#haloed((c) => c.arc(...pointer, (this.#brushSize / 2) * this.#scale, 0, 2 * Math.PI));
-    if (this.#keyboard) this.#crosshair(pointer);
+    if (brush && pointer) haloed(ctx, (c) => c.arc(...pointer, (this.#brushSize / 2) * this.#scale, 0, 2 * Math.PI));
+    if (this.#keyboard) crosshair(ctx, pointer);
     canvas.style.cursor = this.#cursorStyle(brush);
   }
 
@@ -539,67 +461,5 @@ export class DragCanvas extends EventTarget {
     if (this.#space || this.#tool === "pan") return "grab";
     if (brush) return "crosshair"; // the circle alone is hard to see when the brush is small
     return this.#gesture?.now || (this.#hover && this.#hit(this.#hover)) ? "move" : "crosshair";
-  }
-
-  /** Stroke a path dark on white, to be seen on any picture. */
-  #haloed(path, dash = []) {
-    const ctx = this.#ctx;
-    ctx.beginPath();
-    path(ctx);
-    ctx.lineCap = ctx.lineJoin = "round";
-    for (const [style, width, pattern] of [["#fff", 4.5, []], [INK, 1.75, dash]]) {
-      ctx.strokeStyle = style;
-      ctx.lineWidth = width;
-      ctx.setLineDash(pattern);
-      ctx.stroke();
-    }
-    ctx.setLineDash([]);
-  }
-
-  #arrow(a, b) {
-    const length = distance(a, b), angle = Math.atan2(b[1] - a[1], b[0] - a[0]);
-    const along = (p, turn, by) => [p[0] + by * Math.cos(angle + turn), p[1] + by * Math.sin(angle + turn)];
-    if (length < 1) return;
-    const tip = along(b, 0, -(DOT + 3)); // clear of the target's dot
-    this.#haloed((c) => {
-      c.moveTo(...a);
-      c.lineTo(...b);
-      if (length < 3 * DOT) return; // no room for a head
-      c.moveTo(...along(tip, 2.6, 9));
-      c.lineTo(...tip);
-      c.lineTo(...along(tip, -2.6, 9));
-    });
-  }
-
-  #dot([x, y], colour) {
-    const ctx = this.#ctx;
-    for (const [style, radius] of [["#fff", DOT + 1.5], [colour, DOT]]) {
-      ctx.fillStyle = style;
-      ctx.beginPath();
-      ctx.arc(x, y, radius, 0, 2 * Math.PI);
-      ctx.fill();
-    }
-  }
-
-  #label([x, y], text) {
-    const ctx = this.#ctx;
-    ctx.font = "bold 11px system-ui, sans-serif";
-    ctx.textAlign = "center";
-    ctx.textBaseline = "middle";
-    const width = ctx.measureText(text).width + 7;
-    const [cx, cy] = [x + DOT + 3 + width / 2, y - DOT - 8];
-    ctx.fillStyle = "rgba(255,255,255,.9)";
-    ctx.fillRect(cx - width / 2, cy - 7.5, width, 15);
-    ctx.fillStyle = INK;
-    ctx.fillText(text, cx, cy + 0.5);
-  }
-
-  #crosshair([x, y]) {
-    this.#haloed((c) => {
-      for (const [dx, dy] of Object.values(ARROWS)) {
-        c.moveTo(x + 4 * dx, y + 4 * dy);
-        c.lineTo(x + 13 * dx, y + 13 * dy);
-      }
-    });
   }
 }

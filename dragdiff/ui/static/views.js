@@ -23,9 +23,9 @@ export function drawLive(canvas, image, size, way, points) {
     pen.lineWidth = unit / 2;
     pen.strokeStyle = "#e41a1c";
     pen.beginPath();
-    way.forEach((handles) => pen.lineTo(...at(handles[i])));
+    way.forEach(([, handles]) => pen.lineTo(...at(handles[i])));
     pen.stroke();
-    const now = way.length ? way[way.length - 1][i] : points[i][0];
+    const now = way.length ? way.at(-1)[1][i] : points[i][0];
     for (const [place, colour] of [[target, "#1f5adc"], [now, "#e41a1c"]]) {
       pen.beginPath();
       pen.arc(...at(place), unit, 0, 7);
@@ -39,10 +39,10 @@ export function drawLive(canvas, image, size, way, points) {
 }
 
 /** One line for each pair. */
-export function drawCurve(svg, steps, way, points, total) {
-  const all = way.map((handles) => distances(handles, points));
+export function drawCurve(svg, way, points) {
+  const all = way.map(([, handles]) => distances(handles, points));
   const most = Math.max(1, ...all.flat());
-  const x = (step) => 30 + (260 * step) / Math.max(1, total);
+  const x = (step) => 30 + (260 * step) / Math.max(1, way.at(-1)[0]);
   const y = (d) => 80 - (70 * d) / most;
   svg.replaceChildren();
   const add = (tag, attributes, text = "") => {
@@ -55,8 +55,9 @@ export function drawCurve(svg, steps, way, points, total) {
   add("text", { x: 26, y: 16, "font-size": 9, "text-anchor": "end", fill: "currentColor" }, most.toFixed(0));
   add("text", { x: 26, y: 82, "font-size": 9, "text-anchor": "end", fill: "currentColor" }, "0");
   points.forEach((_, i) => {
-    const line = all.map((d, k) => `${x(steps[k]).toFixed(1)},${y(d[i]).toFixed(1)}`).join(" ");
+    const line = all.map((d, k) => `${x(way[k][0]).toFixed(1)},${y(d[i]).toFixed(1)}`).join(" ");
     add("polyline", { points: line, fill: "none", stroke: "#e41a1c", "stroke-width": 1.5 });
+    if (points.length > 1) add("text", { x: 33 + 8 * i, y: y(all[0][i]) - 3, "font-size": 9, fill: "currentColor" }, i + 1);
   });
 }
 
