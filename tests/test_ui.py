@@ -640,13 +640,15 @@ def test_no_path_on_the_wire_leads_out(server, page_address):
 def test_a_run_that_takes_too_long_is_ended_even_where_it_does_not_react(tmp_path, monkeypatch):
     import psutil
 
-    monkeypatch.setattr(runs, "PATIENCE", 1.0)
     app = make_app(UIConfig(models=["embedded"], max_minutes=0.002, threads=1), tmp_path / "ui")
     with TestClient(app, base_url="http://127.0.0.1") as client:
         client.get("/")
         for suspended in (False, True):
+            while not multiprocessing.active_children():
+                time.sleep(0.05)
             [worker] = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
             if suspended:
+                monkeypatch.setattr(runs, "PATIENCE", 1.0)
                 worker.suspend()
             run = client.post("/api/runs", json=edit(client, settings={"lora.steps": 10**6})).json()["id"]
             known = next(iter(app.state.page.visitors)).runs[run]
