@@ -5,23 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
 
-VERSION = 1  # raised when a stage computes something else from the same inputs
+VERSION = 2  # raised when a stage computes something else from the same inputs, or entries look otherwise
 TENSOR = "tensor.safetensors"
+STAGES = ("lora", "inversion", "prompt")  # folders of the cache
+NAME = re.compile(r"[0-9a-f]{32}(\.partial-.*)?$")  # of what is ours in them
+PARTIAL = ".partial-"
+CHECKSUM = "sha256"
+LOCK = "lock"
+LOCK_SECONDS = 60  # a writer holds it while it writes one result to disk
 
 
 def default_folder() -> Path:
@@ -56,14 +65,22 @@ def fingerprint(*modules: nn.Module) -> str:
 
 
 class StageCache:
-    """Folders named by a key; an entry appears whole or not at all, also with several writers."""
+    """Folders named by a key; an entry appears whole or not at all, also with several writers.
 
-    def __init__(self, folder: Path | None) -> None:
+    All that writes or deletes holds one lock on the folder of all stages, which the system takes back from a process
+    that is killed. Whoever holds it knows that a partial entry is what such a process left. Making a value needs no
+    lock: two processes that want the same one both make it. A wait for another machine's training has no sure end,
+    and what both get is the same.
+    """
+
+    def __init__(self, folder: Path | None, *, limit: int = 0) -> None:
         """
         Args:
-            folder: where entries live; None keeps nothing.
+            folder: where entries live, named for the stage; None keeps nothing.
+            limit: of this folder and the other stages' beside it together, bytes; what was used longest ago goes
+                first. 0 = none.
         """
-        self.folder = folder
+        self.folder, self.limit = folder, limit
 
     def get(
         self,
@@ -75,17 +92,23 @@ class StageCache:
     ) -> Any:
         """The entry of that key, loaded; or what `make` gives, saved for the next time.
 
-        An entry that can't be loaded is made again.
+        An entry that is damaged is made again, and so is, silently, one that is evicted while it is read.
         """
         if self.folder is None:
             return make()
         entry = self.folder / key
-        if entry.is_dir():
-            try:
-                return load(entry)
-            except UserError as error:
-                warnings.warn(f"cache entry {entry} is broken and is made again: {error}", stacklevel=2)
+        try:
+            if (entry / CHECKSUM).read_bytes() != _checksum(entry):
+                raise UserError("its checksum differs")
+            value = load(entry)
+        except (UserError, OSError) as error:
+            if _exists(entry):
+                warnings.warn(f"cache entry {entry} is broken and is made again: {one_line(error)}", stacklevel=2)
                 shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):  # a cache that can only be read
+                os.utime(entry)  # used now, by the clock of the file system
+            return value
         value = make()
         self.put(key, value, save=save)
         return value
@@ -97,23 +120,89 @@ class StageCache:
         entry = self.folder / key
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=self.folder))
-            try:
-                save(value, partial)
-                partial.replace(entry)
-            except OSError:
-                if not entry.is_dir():  # else another writer was first, with the same content
-                    raise
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        except OSError as error:
+            with FileLock(self.folder.parent / LOCK, timeout=LOCK_SECONDS):
+                self._sweep()
+                partial = Path(tempfile.mkdtemp(prefix=f"{key}{PARTIAL}", dir=self.folder))
+                try:
+                    save(value, partial)
+                    (partial / CHECKSUM).write_bytes(_checksum(partial))
+                    size = _size(partial)
+                    if self.limit and size > self.limit:
+                        warnings.warn(
+                            f"a result of {size / 1e6:.1f} MB is used but not kept: it is larger than the whole cache "
+                            f"may be, {self.limit / 1e6:.1f} MB (cache.limit_gb)",
+                            stacklevel=2,
+                        )
+                        return
+                    partial.replace(entry)
+                except OSError:
+                    if not entry.is_dir():  # else another writer was first, with the same content
+                        raise
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+                self._evict(spare=entry)
+        except (OSError, NotImplementedError) as error:  # a lock that can't be had in time is an OSError
             warnings.warn(
-                f"cannot write the cache {self.folder}: {error}; the result is used but not kept",
+                f"cannot write the cache {self.folder}: {one_line(error)}; the result is used but not kept",
                 stacklevel=2,
             )
 
     def __contains__(self, key: str) -> bool:
-        return self.folder is not None and (self.folder / key).is_dir()
+        return self.folder is not None and _exists(self.folder / key)
+
+    def _sweep(self) -> None:
+        """Delete what killed writers left. Needs the lock."""
+        for path in self._paths():
+            if PARTIAL in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _evict(self, *, spare: Path) -> None:
+        """Delete what was used longest ago until the limit holds. Needs the lock."""
+        if not self.limit:
+            return
+        entries = []
+        for path in self._paths():
+            with suppress(OSError):
+                entries.append((path.stat().st_mtime_ns, _size(path), path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.limit:
+                return
+            if path != spare:
+                gone = path.with_name(f"{path.name}{PARTIAL}evicted")
+                with suppress(OSError):  # one that stays takes its room, and others go for it
+                    path.replace(gone)  # at once, for who reads it
+                    shutil.rmtree(gone)
+                    total -= size
+
+    def _paths(self) -> Iterator[Path]:
+        """Entries and partial ones of all stages, and nothing else that the folder may hold."""
+        assert self.folder is not None
+        for stage in STAGES:
+            with suppress(OSError), os.scandir(self.folder.parent / stage) as found:
+                yield from (Path(entry.path) for entry in found if NAME.match(entry.name))
+
+
+def _exists(entry: Path) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # may not be looked at
+        return False
+
+
+def _checksum(entry: Path) -> bytes:
+    summary = hashlib.sha256()
+    for path in sorted(entry.iterdir()):
+        if path.name != CHECKSUM:
+            with path.open("rb") as file:
+                summary.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return summary.hexdigest().encode()
+
+
+def _size(entry: Path) -> int:
+    """Bytes."""
+    with os.scandir(entry) as files:
+        return sum(file.stat().st_size for file in files)
 
 
 def save_tensor(tensor: Tensor, folder: Path) -> None:

@@ -220,7 +220,13 @@ class LoggerConfig:
 class CacheConfig:
     """What is kept between runs."""
 
-    enabled: bool = option(True, "reuse trained LoRAs and inverted latents", local=True)
+    enabled: bool = option(True, "reuse trained LoRAs, inverted latents and prompt embeddings", local=True)
+    limit_gb: float = option(
+        10.0,
+        "of the folder; what was used longest ago is deleted for what is new; 0 = no limit",
+        at_least(0),
+        local=True,
+    )
     reference_mb: int = option(
         0,
         "memory for what the source's self-attention sees while denoising, kept for the next edit of the same picture, "
@@ -356,7 +362,7 @@ class UIConfig:
         "", "what a visitor must know where the page is open to other machines; empty = one is made and printed"
     )
     models: list[str] = option(
-        [DEFAULT_OVERLAY, "sd15", "sd15-fast"],
+        [DEFAULT_OVERLAY, "sd15"],
         "overlays that name a model: those that can be chosen, the first is loaded at the start",
     )
     vaes: list[str] = option(

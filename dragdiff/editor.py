@@ -109,8 +109,9 @@ class Editor:
         device = self.backbone.device
         self.autocast = resolve_autocast(config.model.autocast, device=device, dtype=config.model.dtype)
         folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
-        self._loras, self._inversions = (
-            cache.StageCache(folder / stage if config.cache.enabled else None) for stage in ("lora", "inversion")
+        self._loras, self._inversions, self._prompts = (
+            cache.StageCache(folder / stage if config.cache.enabled else None, limit=round(config.cache.limit_gb * 1e9))
+            for stage in cache.STAGES
         )
         self._references: dict[str, list[attention.States]] = {}  # of the picture edited last
 
@@ -620,8 +621,20 @@ class Editor:
     def _embeddings(self, prompt: str) -> Tensor:
         """(1, tokens, D), or with guidance (2, tokens, D): negative, positive."""
         prompts = [prompt] if self._guidance == 1 else [self.config.generate.negative_prompt, prompt]
-        with torch.no_grad():
-            return self.backbone.embed(prompts)
+
+        def compute() -> Tensor:
+            with torch.no_grad():
+                return self.backbone.embed(prompts)
+
+        if not self.config.cache.enabled:
+            return compute()
+        weights = cache.fingerprint(*(part for part in self.backbone.modules if part is not self.backbone.network))
+        return self._prompts.get(
+            cache.digest(prompts=prompts, weights=weights, precision=self._precision),
+            make=compute,
+            save=cache.save_tensor,
+            load=lambda entry: cache.load_tensor(entry).to(self.backbone.device),
+        )
 
     def _predictor(self, embeddings: Tensor) -> ddim.Predict:
         """The guided model output for latents (B, C, h, w)."""
@@ -667,8 +680,12 @@ class Editor:
                 prediction=self.backbone.prediction_type,
                 noise=self.backbone.scheduler(1).alphas_cumprod.numpy(),
             ),
-            "precision": f"{self.config.model.dtype}, autocast {self.autocast}, {self.backbone.device.type}",
+            "precision": self._precision,
         }
+
+    @property
+    def _precision(self) -> str:
+        return f"{self.config.model.dtype}, autocast {self.autocast}, {self.backbone.device.type}"
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:

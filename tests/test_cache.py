@@ -2,6 +2,10 @@
 
 import json
 import multiprocessing
+import random
+import shutil
+import signal
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +99,136 @@ def test_unwritable_cache_only_warns(tmp_path):
     with pytest.warns(UserWarning, match="cannot write the cache") as caught:
         assert get(file / "below") == [1, 2]
     assert "\n" not in str(caught[0].message)
+
+
+def test_damage_anywhere_is_found(tmp_path):
+    """Also what would still load: a flipped bit, a file that is gone."""
+    get(tmp_path)
+    files = sorted((tmp_path / "k").iterdir())
+    assert len(files) == 2
+    for file in files:
+        whole = file.read_bytes()
+        for damaged in (whole[:-1], whole[:1] + bytes([whole[1] ^ 2]) + whole[2:], None):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            with pytest.warns(UserWarning, match="broken and is made again"):
+                assert get(tmp_path) == [1, 2]
+            assert file.read_bytes() == whole
+
+
+def test_entry_that_goes_while_it_is_read_is_made_again_silently(tmp_path):
+    def vanish(folder):
+        shutil.rmtree(folder)
+        return load(folder)
+
+    get(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert get(tmp_path, make=lambda: 3, load=vanish) == 3
+
+
+# ------------------------------------------------------------------------------------------- limit
+
+
+def hexadecimal(number):
+    return f"{number:032x}"
+
+
+def fill(value, folder):
+    (folder / "value.json").write_text(json.dumps(value).ljust(1000))
+
+
+ONE = 1064  # bytes of such an entry, with its checksum
+
+
+def kept(root):
+    return {path.name for stage in cache.STAGES for path in (root / stage).glob("*")}
+
+
+def test_least_recently_used_goes_first(tmp_path):
+    """Against a list that is kept in order of use; over two stages."""
+    rng, order = np.random.default_rng(0), []
+    for _ in range(150):
+        number = int(rng.integers(9))
+        stage = cache.STAGES[number % 2]
+        made = []
+        store = cache.StageCache(tmp_path / stage, limit=5 * ONE + 10)
+        make = lambda number=number, made=made: made.append(1) or number  # noqa: E731
+        assert store.get(hexadecimal(number), make=make, save=fill, load=load) == number
+        assert bool(made) == (number not in order)
+        order = [*(other for other in order if other != number), number][-5:]
+        assert kept(tmp_path) == {hexadecimal(number) for number in order}
+        time.sleep(0.005)  # beyond the resolution of a file's time
+
+
+def test_lower_limit_holds_after_the_next_write_and_spares_what_is_not_ours(tmp_path):
+    for number in range(8):
+        cache.StageCache(tmp_path / "lora").put(hexadecimal(number), number, save=fill)
+    strange = [tmp_path / "lora" / "mine", tmp_path / "photos" / hexadecimal(1)]
+    for folder in strange:
+        folder.mkdir(parents=True)
+        (folder / "big").write_bytes(bytes(10 * ONE))
+    cache.StageCache(tmp_path / "prompt", limit=3 * ONE).put(hexadecimal(9), 9, save=fill)
+    assert len(kept(tmp_path) - {"mine"}) == 3
+    assert hexadecimal(9) in kept(tmp_path)
+    assert all((folder / "big").is_file() for folder in strange)
+
+
+def test_too_large_is_used_but_not_kept(tmp_path):
+    small = cache.StageCache(tmp_path / "lora", limit=2 * ONE)
+    small.put(hexadecimal(1), 1, save=fill)
+    with pytest.warns(UserWarning, match="used but not kept: it is larger"):
+        assert small.get(hexadecimal(2), make=lambda: [0] * 3000, save=fill, load=load) == [0] * 3000
+    assert kept(tmp_path) == {hexadecimal(1)}
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    left = tmp_path / "inversion" / f"{hexadecimal(1)}.partial-x"
+    left.mkdir(parents=True)
+    (left / "half").write_text("")
+    cache.StageCache(tmp_path / "lora", limit=9 * ONE).put(hexadecimal(2), 2, save=fill)
+    assert kept(tmp_path) == {hexadecimal(2)}
+
+
+def _use(root, seed):
+    warnings.simplefilter("error")
+    rng = random.Random(seed)
+    while True:
+        number = rng.randrange(12)
+        store = cache.StageCache(root / rng.choice(cache.STAGES), limit=4 * ONE)
+        value = store.get(hexadecimal(number), make=lambda number=number: number, save=fill, load=load)
+        assert value == number
+
+
+def test_writers_readers_and_kills(tmp_path):
+    """Users of one small cache, some killed at any moment: the others see no error and no wrong value."""
+    context, rng = multiprocessing.get_context("fork"), random.Random(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking a process that has threads
+
+        def begin(seed):
+            user = context.Process(target=_use, args=(tmp_path, seed))
+            user.start()
+            return user
+
+        lasting = [begin(0), begin(1)]
+        try:
+            for seed in range(2, 32):
+                victim = begin(seed)
+                time.sleep(rng.uniform(0.02, 0.12))
+                victim.kill()
+                victim.join()
+                assert victim.exitcode == -signal.SIGKILL  # it had met no error until then
+                assert all(user.is_alive() for user in lasting)
+        finally:
+            for user in lasting:
+                user.kill()
+                user.join()
+    cache.StageCache(tmp_path / "lora", limit=4 * ONE).put(hexadecimal(99), 99, save=fill)
+    files = [path for stage in cache.STAGES for path in (tmp_path / stage).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 4 * ONE
+    assert not any(".partial-" in name for name in kept(tmp_path))
 
 
 def _write(folder, barrier, number):
@@ -307,8 +441,18 @@ def test_second_edit_of_a_picture_only_drags_and_denoises(edits):
     again = editor.reconfigured(settings).edit(sample)
     assert computed == ["drag", "denoise", "decode"]
     assert np.array_equal(first.image, again.image)
-    editor.reconfigured(settings).edit(replace(sample, points=[[[10, 10], [20, 20]]]))
-    assert "inversion" not in computed
+
+    pipeline, forwards = editor.backbone.pipeline, []
+    parts = {"text": pipeline.text_encoder, "encode": pipeline.vae.encoder, "unet": pipeline.unet}
+    hooks = [part.register_forward_pre_hook(lambda *_, n=name: forwards.append(n)) for name, part in parts.items()]
+    moved = editor.reconfigured(settings).edit(replace(sample, points=[[[10, 10], [50, 50]]]))
+    for hook in hooks:
+        hook.remove()
+    assert forwards == ["unet"] * (moved.steps + 2 * 4)  # the drag's; denoising source and edit, 4 steps
+    assert moved.steps == 2
+    other = editor.reconfigured(config("lora.steps=2", "cache.enabled=false"))
+    alone = other.edit(replace(sample, points=[[[10, 10], [50, 50]]]))
+    assert np.array_equal(moved.image, alone.image)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +478,7 @@ def test_broken_inversion_is_made_again(edits, tmp_path):
     editor, config, sample, _ = edits
     settings = config("lora.steps=0")
     first = editor.reconfigured(settings).edit(sample)
-    (entry,) = (tmp_path / "inversion").glob("*/*")
+    (entry,) = (tmp_path / "inversion").glob(f"*/{cache.TENSOR}")
     entry.write_bytes(entry.read_bytes()[:40])
     with pytest.warns(UserWarning, match="broken and is made again"):
         again = editor.reconfigured(settings).edit(sample)
