@@ -30,6 +30,8 @@ NAME = re.compile(r"[0-9a-f]{32}(\.partial-.*)?$")  # of what is ours in them
 PARTIAL = ".partial-"
 CHECKSUM = "sha256"
 LOCK = "lock"
+TOTAL = "bytes"
+ROOM = 0.9  # of the limit that eviction leaves in use, so that not each write has to evict
 LOCK_SECONDS = 60  # a writer holds it while it writes one result to disk
 
 
@@ -134,13 +136,16 @@ class StageCache:
                             stacklevel=2,
                         )
                         return
+                    crowded = self._crowded_by(size)
                     partial.replace(entry)
                 except OSError:
                     if not entry.is_dir():  # else another writer was first, with the same content
                         raise
+                    return
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
-                self._evict(spare=entry)
+                if crowded:
+                    self._evict(spare=entry)
         except (OSError, NotImplementedError) as error:  # a lock that can't be had in time is an OSError
             warnings.warn(
                 f"cannot write the cache {self.folder}: {one_line(error)}; the result is used but not kept",
@@ -156,24 +161,42 @@ class StageCache:
             if PARTIAL in path.name:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def _crowded_by(self, size: int) -> bool:
+        """Whether the limit may not hold with so many bytes more. Needs the lock.
+
+        Looking at each of 10,000 entries takes most of a second: their sum is kept in a file. It errs upwards, as it
+        does not see what people and readers delete; where it can't be read, all are looked at.
+        """
+        assert self.folder is not None
+        total = self.folder.parent / TOTAL
+        try:
+            used = int(total.read_text()) + size
+        except (OSError, ValueError):
+            used = self.limit + 1
+        if used > self.limit:
+            total.unlink(missing_ok=True)  # until the eviction has counted
+            return self.limit > 0
+        total.write_text(str(used))
+        return False
+
     def _evict(self, *, spare: Path) -> None:
-        """Delete what was used longest ago until the limit holds. Needs the lock."""
-        if not self.limit:
-            return
+        """Delete what was used longest ago until a tenth of the limit is free. Needs the lock."""
+        assert self.folder is not None
         entries = []
         for path in self._paths():
             with suppress(OSError):
                 entries.append((path.stat().st_mtime_ns, _size(path), path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
-            if total <= self.limit:
-                return
+            if total <= ROOM * self.limit:
+                break
             if path != spare:
                 gone = path.with_name(f"{path.name}{PARTIAL}evicted")
                 with suppress(OSError):  # one that stays takes its room, and others go for it
                     path.replace(gone)  # at once, for who reads it
                     shutil.rmtree(gone)
                     total -= size
+        (self.folder.parent / TOTAL).write_text(str(total))
 
     def _paths(self) -> Iterator[Path]:
         """Entries and partial ones of all stages, and nothing else that the folder may hold."""

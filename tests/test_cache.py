@@ -157,7 +157,9 @@ def test_least_recently_used_goes_first(tmp_path):
         make = lambda number=number, made=made: made.append(1) or number  # noqa: E731
         assert store.get(hexadecimal(number), make=make, save=fill, load=load) == number
         assert bool(made) == (number not in order)
-        order = [*(other for other in order if other != number), number][-5:]
+        full = number not in order and len(order) == 5
+        order = [*(other for other in order if other != number), number]
+        order = order[-4:] if full else order  # a tenth of the limit is then free
         assert kept(tmp_path) == {hexadecimal(number) for number in order}
         time.sleep(0.005)  # beyond the resolution of a file's time
 
@@ -170,7 +172,7 @@ def test_lower_limit_holds_after_the_next_write_and_spares_what_is_not_ours(tmp_
         folder.mkdir(parents=True)
         (folder / "big").write_bytes(bytes(10 * ONE))
     cache.StageCache(tmp_path / "prompt", limit=3 * ONE).put(hexadecimal(9), 9, save=fill)
-    assert len(kept(tmp_path) - {"mine"}) == 3
+    assert len(kept(tmp_path) - {"mine"}) == 2  # and a tenth of the limit is free
     assert hexadecimal(9) in kept(tmp_path)
     assert all((folder / "big").is_file() for folder in strange)
 
