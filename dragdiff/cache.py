@@ -5,28 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
 
-VERSION = 1  # raised when a stage computes something else from the same inputs
-STAGES = ("lora", "inversion", "text")  # folders that share the limit
+VERSION = 1  # raised when a stage computes something else from the same inputs; results of studies bear it, too
 TENSOR = "tensor.safetensors"
-PARTIAL = ".partial-"  # in the name of what is being written, or removed
-ABANDONED = 3600.0  # s after which its writer is dead: a write takes seconds
+STAGES = ("lora", "inversion", "prompt")  # folders of the cache
+NAME = re.compile(r"[0-9a-f]{32}(\.partial-.*)?$")  # of what is ours in them
+PARTIAL = ".partial-"
+CHECKSUM = "sha256"
+LOCK = "lock"
+TOTAL = "bytes"
+ROOM = 0.9  # of the limit that eviction leaves in use, so that not each write has to evict
+LOCK_SECONDS = 60  # a writer holds it while it writes one result to disk
 
 
 def default_folder() -> Path:
@@ -63,31 +69,41 @@ def fingerprint(*modules: nn.Module) -> str:
 class StageCache:
     """Folders named by a key; an entry appears whole or not at all, also with several writers.
 
-    Nothing is locked: two processes that need the same entry at once both make it, and the first one's is kept. A lock
-    would outlive a killed holder, and not every network file system has one.
+    All that writes or deletes holds one lock on the folder of all stages, which the system takes back from a process
+    that is killed. Whoever holds it knows that a partial entry is what such a process left. Making a value needs no
+    lock: two processes that want the same one both make it. A wait for another machine's training has no sure end,
+    and what both get is the same.
     """
 
-    def __init__(self, folder: Path | None, *, limit_mb: float = 0) -> None:
+    def __init__(self, folder: Path | None, *, limit: int = 0) -> None:
         """
         Args:
-            folder: where entries live; None keeps nothing.
-            limit_mb: of all entries of the folder and of those beside it, of the other stages; 0 = no limit.
+            folder: where entries live, named for the stage; None keeps nothing.
+            limit: of this folder and the other stages' beside it together, bytes; what was used longest ago goes
+                first. 0 = none.
         """
-        self.folder, self.limit = folder, limit_mb * 2**20
+        self.folder, self.limit = folder, limit
 
     def find(self, key: str, *, load: Callable[[Path], Any]) -> Any:
-        """The entry of that key, loaded; None if there is none, or none that can be loaded."""
-        if self.folder is None or not (entry := self.folder / key).is_dir():
+        """The entry of that key, loaded; None if there is none, or a damaged one, which is removed.
+
+        One that is evicted while it is read is none, silently.
+        """
+        if self.folder is None:
             return None
+        entry = self.folder / key
         try:
-            with suppress(OSError):  # a cache of somebody else's can be read all the same
-                os.utime(entry)  # used just now
-            return load(entry)
-        except UserError as error:
-            if entry.is_dir():  # else somebody has just made room
-                warnings.warn(f"cache entry {entry} is broken and is made again: {error}", stacklevel=2)
-                _remove(entry)
+            if (entry / CHECKSUM).read_bytes() != _checksum(entry):
+                raise UserError("its checksum differs")
+            value = load(entry)
+        except (UserError, OSError) as error:
+            if _exists(entry):
+                warnings.warn(f"cache entry {entry} is broken and is made again: {one_line(error)}", stacklevel=2)
+                shutil.rmtree(entry, ignore_errors=True)
             return None
+        with suppress(OSError):  # a cache that can only be read
+            os.utime(entry)  # used now, by the clock of the file system
+        return value
 
     def get(
         self, key: str, *, make: Callable[[], Any], save: Callable[[Any, Path], Any], load: Callable[[Path], Any]
@@ -100,95 +116,116 @@ class StageCache:
         return value
 
     def put(self, key: str, value: Any, *, save: Callable[[Any, Path], Any]) -> None:
-        """Keep a value for the next time, and give up those that were not used for longest where there is no room.
-
-        A cache that can't be written only costs time: a warning says so.
-        """
+        """Keep a value for the next time. A cache that can't be written only costs time: a warning says so."""
         if self.folder is None:
             return
         entry = self.folder / key
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{key}{PARTIAL}", dir=self.folder))
-            try:
-                save(value, partial)
-                size, now = _size(partial), partial.stat().st_mtime  # the file system's clock
-                if self.limit and size > self.limit:
-                    warnings.warn(
-                        f"{size / 2**20:.0f} MB are more than cache.limit_mb={self.limit / 2**20:g}: used but not kept",
-                        stacklevel=2,
-                    )
+            with FileLock(self.folder.parent / LOCK, timeout=LOCK_SECONDS):
+                self._sweep()
+                partial = Path(tempfile.mkdtemp(prefix=f"{key}{PARTIAL}", dir=self.folder))
+                try:
+                    save(value, partial)
+                    (partial / CHECKSUM).write_bytes(_checksum(partial))
+                    size = _size(partial)
+                    if self.limit and size > self.limit:
+                        warnings.warn(
+                            f"a result of {size / 1e6:.1f} MB is used but not kept: it is larger than the whole cache "
+                            f"may be, {self.limit / 1e6:.1f} MB (cache.limit_gb)",
+                            stacklevel=2,
+                        )
+                        return
+                    crowded = self._crowded_by(size)
+                    partial.replace(entry)
+                except OSError:
+                    if not entry.is_dir():  # else another writer was first, with the same content
+                        raise
                     return
-                partial.replace(entry)
-            except OSError:
-                if not entry.is_dir():  # else another writer was first, with the same content
-                    raise
-                return
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        except OSError as error:
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+                if crowded:
+                    self._evict(spare=entry)
+        except (OSError, NotImplementedError) as error:  # a lock that can't be had in time is an OSError
             warnings.warn(
-                f"cannot write the cache {self.folder}: {error}; the result is used but not kept",
+                f"cannot write the cache {self.folder}: {one_line(error)}; the result is used but not kept",
                 stacklevel=2,
             )
-            return
-        self._make_room(entry, now)
-
-    def _make_room(self, newest: Path, now: float) -> None:
-        """Remove the entries of all stages that were not used for longest, and what killed writers left behind.
-
-        Entries may go while this looks at them: others make room as well.
-        """
-        assert self.folder is not None
-        entries = []
-        for stage in self._stages():
-            for entry in _folders(stage):
-                with suppress(OSError):
-                    used = entry.stat().st_mtime
-                    if PARTIAL in entry.name:
-                        if now - used > ABANDONED:
-                            _remove(entry)
-                    elif self.limit and entry != newest:
-                        entries.append((used, entry))
-        if not self.limit:
-            return
-        room = self.limit - _size(newest)
-        for _, entry in sorted(entries, reverse=True):
-            room -= _size(entry)
-            if room < 0:
-                _remove(entry)
-
-    def _stages(self) -> list[Path]:
-        assert self.folder is not None
-        return [self.folder] if self.folder.name not in STAGES else [self.folder.parent / name for name in STAGES]
 
     def __contains__(self, key: str) -> bool:
-        return self.folder is not None and (self.folder / key).is_dir()
+        return self.folder is not None and _exists(self.folder / key)
+
+    def _sweep(self) -> None:
+        """Delete what killed writers left. Needs the lock."""
+        for path in self._paths():
+            if PARTIAL in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _crowded_by(self, size: int) -> bool:
+        """Whether the limit may not hold with so many bytes more. Needs the lock.
+
+        Looking at each of 10,000 entries takes most of a second: their sum is kept in a file. It errs upwards, as it
+        does not see what people and readers delete; where it can't be read, all are looked at.
+        """
+        assert self.folder is not None
+        total = self.folder.parent / TOTAL
+        try:
+            used = int(total.read_text()) + size
+        except (OSError, ValueError):
+            used = self.limit + 1
+        if used > self.limit:
+            total.unlink(missing_ok=True)  # until the eviction has counted
+            return self.limit > 0
+        total.write_text(str(used))
+        return False
+
+    def _evict(self, *, spare: Path) -> None:
+        """Delete what was used longest ago until a tenth of the limit is free. Needs the lock."""
+        assert self.folder is not None
+        entries = []
+        for path in self._paths():
+            with suppress(OSError):
+                entries.append((path.stat().st_mtime_ns, _size(path), path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= ROOM * self.limit:
+                break
+            if path != spare:
+                gone = path.with_name(f"{path.name}{PARTIAL}evicted")
+                with suppress(OSError):  # one that stays takes its room, and others go for it
+                    path.replace(gone)  # at once, for who reads it
+                    shutil.rmtree(gone)
+                    total -= size
+        (self.folder.parent / TOTAL).write_text(str(total))
+
+    def _paths(self) -> Iterator[Path]:
+        """Entries and partial ones of all stages, and nothing else that the folder may hold."""
+        assert self.folder is not None
+        for stage in STAGES:
+            with suppress(OSError), os.scandir(self.folder.parent / stage) as found:
+                yield from (Path(entry.path) for entry in found if NAME.match(entry.name))
 
 
-def _folders(folder: Path) -> list[Path]:
+def _exists(entry: Path) -> bool:
     try:
-        with os.scandir(folder) as found:
-            return [folder / entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
-    except OSError:  # no such stage yet
-        return []
+        return entry.is_dir()
+    except OSError:  # may not be looked at
+        return False
+
+
+def _checksum(entry: Path) -> bytes:
+    summary = hashlib.sha256()
+    for path in sorted(entry.iterdir()):
+        if path.name != CHECKSUM:
+            with path.open("rb") as file:
+                summary.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return summary.hexdigest().encode()
 
 
 def _size(entry: Path) -> int:
-    """Bytes of the files of an entry; 0 where it has gone."""
-    try:
-        with os.scandir(entry) as found:
-            return sum(file.stat().st_size for file in found)
-    except OSError:
-        return 0
-
-
-def _remove(entry: Path) -> None:
-    """Take an entry away: at once for all who look for it, then file by file."""
-    gone = entry.with_name(f"{entry.name.split('.')[0]}{PARTIAL}{uuid.uuid4().hex}")
-    with suppress(OSError):
-        entry.replace(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    """Bytes."""
+    with os.scandir(entry) as files:
+        return sum(file.stat().st_size for file in files)
 
 
 def save_tensor(tensor: Tensor, folder: Path) -> None:

@@ -239,8 +239,11 @@ class CacheConfig:
     """What is kept between runs."""
 
     enabled: bool = option(True, "reuse trained LoRAs, inverted latents and prompt embeddings", local=True)
-    limit_mb: int = option(
-        5000, "size of the folder; what was not used for longest goes, MB; 0 = no limit", at_least(0), local=True
+    limit_gb: float = option(
+        10.0,
+        "of the folder; what was used longest ago is deleted for what is new; 0 = no limit",
+        at_least(0),
+        local=True,
     )
     reference_mb: int = option(
         0,
@@ -383,7 +386,7 @@ class UIConfig:
         "", "what a visitor must know where the page is open to other machines; empty = one is made and printed"
     )
     models: list[str] = option(
-        [DEFAULT_OVERLAY, "sd15", "sd15-fast"],
+        [DEFAULT_OVERLAY, "sd15"],
         "overlays that name a model: those that can be chosen, the first is loaded at the start",
     )
     vaes: list[str] = option(

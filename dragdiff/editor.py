@@ -151,8 +151,8 @@ class Editor:
         device = self.backbone.device
         self.autocast = resolve_autocast(config.model.autocast, device=device, dtype=config.model.dtype)
         folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
-        self._loras, self._inversions, self._texts = (
-            cache.StageCache(folder / stage if config.cache.enabled else None, limit_mb=config.cache.limit_mb)
+        self._loras, self._inversions, self._prompts = (
+            cache.StageCache(folder / stage if config.cache.enabled else None, limit=round(config.cache.limit_gb * 1e9))
             for stage in cache.STAGES
         )
         self._references: dict[str, list[attention.States]] = {}  # of the picture edited last
@@ -884,8 +884,8 @@ class Editor:
             if not self.config.cache.enabled:
                 return self.backbone.embed(prompts)
             weights = cache.fingerprint(self.backbone.text_encoder)
-            return self._texts.get(
-                cache.digest(weights=weights, tokens=tokens.tolist(), device=self.backbone.device.type),
+            return self._prompts.get(
+                cache.digest(weights=weights, tokens=tokens.tolist(), precision=self._precision),
                 make=lambda: self.backbone.embed(prompts),
                 save=cache.save_tensor,
                 load=lambda entry: cache.load_tensor(entry).to(self.backbone.device),
@@ -947,8 +947,12 @@ class Editor:
                 prediction=self.backbone.prediction_type,
                 noise=self.backbone.scheduler(1).alphas_cumprod.numpy(),
             ),
-            "precision": f"{self.config.model.dtype}, autocast {self.autocast}, {self.backbone.device.type}",
+            "precision": self._precision,
         }
+
+    @property
+    def _precision(self) -> str:
+        return f"{self.config.model.dtype}, autocast {self.autocast}, {self.backbone.device.type}"
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
