@@ -110,6 +110,12 @@ class ModelConfig:
         "auto = fp16 on CUDA unless the weights are bf16",
         one_of("auto", "fp16", "bf16", "none"),
     )
+    memory: str = option(
+        "normal",
+        "low = LoRA and drag keep less for their backward pass and compute it again: slower, the same result",
+        one_of("normal", "low"),
+        local=True,
+    )
 
 
 @dataclass

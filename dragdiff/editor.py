@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,13 @@ from dragdiff.models.drag import LatentDrag, MaskTerm
 from dragdiff.models.lora import LoRAFinetune, check_resume, crops, seeded_noise
 from dragdiff.models.trainer import fit
 from dragdiff.modules import attention, ddim, lora, motion, points, tracking
-from dragdiff.modules.backbone import Backbone, feature_block, freeu, self_attention_layers
+from dragdiff.modules.backbone import (
+    Backbone,
+    feature_block,
+    freeu,
+    gradient_checkpointing,
+    self_attention_layers,
+)
 from dragdiff.modules.features import FeatureMap, combine_guidance, forward_with_features
 from dragdiff.modules.images import to_tensor, to_uint8
 from dragdiff.modules.loading import load_backbone, resolve_autocast, skeleton
@@ -682,7 +688,9 @@ class Editor:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No weight wants a gradient and every module is in evaluation mode; all of it put back on leaving."""
+        """No weight wants a gradient, every module is in evaluation mode, and memory is saved as the config says; all
+        of it put back on leaving.
+        """
         modules = [module for root in self.backbone.modules for module in root.modules()]
         parameters = [parameter for root in self.backbone.modules for parameter in root.parameters()]
         training = [module.training for module in modules]
@@ -690,7 +698,9 @@ class Editor:
         try:
             for root in self.backbone.modules:
                 root.requires_grad_(False).eval()
-            yield
+            low = self.config.model.memory == "low"
+            with gradient_checkpointing(self.backbone.network) if low else nullcontext():
+                yield
         finally:
             for module, mode in zip(modules, training, strict=True):
                 module.training = mode

@@ -196,6 +196,27 @@ def freeu(unet: Any, *, b1: float, b2: float, s1: float, s2: float) -> Iterator[
             vars(block).update(values)
 
 
+@contextmanager
+def gradient_checkpointing(network: Any) -> Iterator[None]:
+    """Keep only the blocks' inputs for the backward pass, which computes the rest again (Chen et al. 2016, arXiv
+    1604.06174); the same gradients. The state before is put back on leaving; `backward()` must run inside.
+
+    Args:
+        network: a diffusers model.
+    """
+    keys = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    modules = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [{key: vars(module)[key] for key in keys if key in vars(module)} for module in modules]
+    network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for module, values in zip(modules, before, strict=True):
+            for key in keys:
+                vars(module).pop(key, None)
+            vars(module).update(values)
+
+
 def feature_block(unet: Any, name: str) -> nn.Module:
     """As `Backbone.feature_block`, of a bare UNet."""
     known = feature_strides(unet)
