@@ -382,6 +382,24 @@ class UIConfig:
     threads: int = option(0, "CPU threads of the model; 0 = torch's own choice", at_least(0))
 
 
+@dataclass
+class BenchmarkConfig:
+    """What benchmarks/speed.py measures."""
+
+    model: str = option("sd15-random", "sd15-random | tiny (random weights), an overlay, or as model.path")
+    device: str = option("auto", "as model.device")
+    dtype: str = option("fp32", "as model.dtype", one_of("fp32", "bf16", "fp16"))
+    autocast: str = option("auto", "as model.autocast", one_of("auto", "fp16", "bf16", "none"))
+    memory: str = option("normal", "as model.memory", one_of("normal", "low"))
+    size: int = option(512, "side of the picture, px", at_least(64))
+    stages: list[str] = option([], "which stages; empty = all")
+    steps: int = option(1, "steps of a stage that are timed, after one that is not", at_least(1))
+    repeats: int = option(5, "repetitions; 0 = no times, only memory", at_least(0))
+    memory_peaks: bool = option(True, "measure memory, each stage in a process of its own")
+    threads: int = option(1, "of the CPU; 0 = torch's own choice", at_least(0))
+    output: str = option("", "JSON file for the results; empty = none")
+
+
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     """Each option of a config as (dotted key, field, value), sections flattened."""
     for f in fields(config):
@@ -463,6 +481,17 @@ def load_ui(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> 
     return settings
 
 
+def load_benchmark(overrides: Sequence[str] = ()) -> BenchmarkConfig:
+    """As `load_config`, of a benchmark's settings, in `key=value`.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    settings = _load(BenchmarkConfig, [], overrides)
+    _check_values(settings)
+    return settings
+
+
 def _study_overlays(file: Path, depth: int = 0) -> list[tuple[dict[Any, Any], str]]:
     if not file.is_file():
         raise UserError(f"no study file {str(file)!r}: give a YAML file, e.g. experiments/scenes/timestep.yaml")
@@ -512,7 +541,7 @@ def check(config: Config) -> None:
         )
 
 
-def _check_values(config: Config | StudyConfig | UIConfig) -> None:
+def _check_values(config: Config | StudyConfig | UIConfig | BenchmarkConfig) -> None:
     for key, f, value in walk(config):
         allowed: Check | None = f.metadata["check"]
         if isinstance(value, float) and not math.isfinite(value):
@@ -526,7 +555,7 @@ def to_yaml(config: Config | StudyConfig) -> str:
     return OmegaConf.to_yaml(as_it_stands(dataclasses.asdict(config)))
 
 
-def describe(kind: type[Config] | type[StudyConfig] | type[UIConfig] = Config) -> str:
+def describe(kind: type[Config] | type[StudyConfig] | type[UIConfig] | type[BenchmarkConfig] = Config) -> str:
     """Every key with its default and explanation, for --help."""
     lines = []
     for key, f, value in walk(kind()):

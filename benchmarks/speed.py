@@ -1,0 +1,611 @@
+"""How long each stage takes, as a ratio to a bare forward of the denoiser, and how much memory it needs.
+
+    python benchmarks/speed.py                                       # Stable Diffusion 1.5's size, random weights
+    python benchmarks/speed.py model=sd15 device=cuda dtype=fp16     # a real one: an overlay, a folder, a file
+    python benchmarks/speed.py memory=low output=low.json
+    python benchmarks/speed.py --compare before.json after.json
+
+Everything measured runs through `Editor.edit`: its reports of progress start and stop the clock. A stage's first step
+is not counted (it sets up the Trainer, encodes the picture), the others are averaged; a bare forward of the same batch
+and precision runs just before each stage, and a ratio is the median over the repetitions of stage / forward. Speed does
+not depend on the weights. On a CPU with one thread the clock is the process's CPU time, else the wall's. Peaks of
+memory are measured apart, each stage in a process of its own: on a CPU resident memory, on a GPU the allocator's.
+Previews (`output.frames_every`) are left out of the times; the peaks include one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.flop_counter import FlopCounterMode
+
+from dragdiff import Editor, EditSample
+from dragdiff.config import BenchmarkConfig, Config, describe, find_overlay, load_benchmark, load_config
+from dragdiff.errors import UserError
+from dragdiff.modules import ddim, lora, motion, points, tracking
+from dragdiff.modules.backbone import StableDiffusion
+from dragdiff.modules.features import FeatureMap, forward_with_features
+from dragdiff.modules.loading import DTYPES, load_backbone, resolve_device
+from dragdiff.modules.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
+
+RANDOM = ("sd15-random", "tiny")
+OVERHEAD_STEPS = 60  # of a drag with the tiny model
+
+
+class Stage(NamedTuple):
+    """A stage to measure: which of `Editor`'s, with what, and what it is compared with.
+
+    Attributes:
+        reports: the name by which `Editor` reports it.
+        rows: batch of the bare forward that it is compared with.
+        autocast: whether it runs under the Trainer's precision.
+        masked: whether the sample has a mask.
+    """
+
+    reports: str
+    rows: int = 1
+    autocast: bool = False
+    masked: bool = True
+
+
+LORA_BATCH = 4
+STAGES = {
+    "lora": Stage("LoRA", rows=LORA_BATCH, autocast=True),
+    "inversion": Stage("inversion"),
+    "drag, mask": Stage("drag", autocast=True),
+    "drag, no mask": Stage("drag", autocast=True, masked=False),
+    "denoise": Stage("denoise"),
+    "decode": Stage("decode"),
+}
+# stages that one edit measures together
+EDITS = (("lora",), ("inversion", "drag, mask", "denoise", "decode"), ("drag, no mask",))
+
+
+class _Enough(Exception):
+    """Raised from a report when all that was to be measured has been."""
+
+
+# ----------------------------------------------------------------------------------- what is measured
+
+
+def load(settings: BenchmarkConfig) -> StableDiffusion:
+    """The model, with random weights or a real one.
+
+    Raises:
+        UserError: no such model, or no such device.
+    """
+    if settings.model in RANDOM:
+        device = resolve_device(settings.device)
+        pipeline = random_pipeline(tiny=settings.model == "tiny", dtype=settings.dtype)
+        return StableDiffusion(pipeline.to(device), name=settings.model)
+    return load_backbone(_model_config(settings).model)
+
+
+def random_pipeline(*, tiny: bool, dtype: str) -> Any:
+    """A diffusers pipeline of Stable Diffusion 1.5's structure with random weights; `tiny` has a few channels only."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.utils import logging
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    logging.set_verbosity_error()
+    unet, vae, text = (
+        json.loads((SHIPPED / "sd1" / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")
+    )
+    if tiny:
+        small = {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 4}
+        unet |= small | {"cross_attention_dim": 8, "attention_head_dim": 2}
+        vae |= small
+        text |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = {
+            "unet": UNet2DConditionModel.from_config(unet),
+            "vae": AutoencoderKL.from_config(vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
+        }
+    return StableDiffusionPipeline(
+        **{name: part.to(DTYPES[dtype]) for name, part in parts.items()},
+        tokenizer=clip_tokenizer(pad_token=PAD_TOKENS["sd1"]),
+        scheduler=DDIMScheduler.from_config(json.loads((SHIPPED / "sd1/scheduler/scheduler_config.json").read_text())),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _model_config(settings: BenchmarkConfig) -> Config:
+    keys = {"device": settings.device, "dtype": settings.dtype, "autocast": settings.autocast}
+    keys["memory"] = settings.memory
+    overlays: list[Any] = []
+    if settings.model not in RANDOM:
+        try:
+            overlays = [find_overlay(settings.model)]
+        except UserError:
+            keys["path"] = settings.model
+    return load_config([*overlays, {"model": keys}])
+
+
+def editor(
+    settings: BenchmarkConfig, backbone: StableDiffusion, *, steps: int, adapter: str, **sections: Any
+) -> Editor:
+    """An editor whose stages have `steps` steps each; no cache, nothing stops early.
+
+    Args:
+        adapter: a LoRA's file for the edit; empty = train one.
+        sections: more settings, by section.
+    """
+    given: dict[str, Any] = {
+        "lora": {"path": adapter, "steps": steps, "batch_size": LORA_BATCH, "resolution": settings.size},
+        # the schedule has more steps than are taken; which ones makes no difference to the time
+        "ddim": {"steps": 50, "strength": steps / 50},
+        # so small a rate that no handle reaches its target, which would end the drag early
+        "drag": {"steps": steps, "stop_distance": 0.0, "lr": 1e-6},
+        "output": {"frames_every": 0},
+        "cache": {"enabled": False},
+    }
+    for name, section in sections.items():
+        given[name] = given.get(name, {}) | section
+    config = dataclasses.replace(load_config([given]), model=_model_config(settings).model)
+    return Editor(config, backbone)
+
+
+def make_sample(size: int, *, masked: bool) -> EditSample:
+    """A noise picture with one drag across its middle; the mask leaves a border."""
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    mask = np.zeros((size, size), dtype=bool)
+    mask[size // 8 : -size // 8, size // 8 : -size // 8] = True
+    pair = [[size // 4, size // 4], [3 * size // 4, 3 * size // 4]]
+    return EditSample(image, "a picture of a benchmark", points=[pair], mask=mask if masked else None)
+
+
+def run_edit(
+    edit: Editor, measured: Sequence[str], size: int, watch: Callable[[str, int, int], None], **observers: Any
+) -> None:
+    """Edit until the stages of these names are done.
+
+    Args:
+        watch: told of a measured stage, the steps done in it and its steps in all.
+        observers: as for `Editor.edit`.
+    """
+    names = {STAGES[name].reports: name for name in measured}
+    done: set[str] = set()
+
+    def report(stage: str, step: int, total: int, note: str) -> None:
+        if stage in names:
+            watch(names[stage], step, total)
+            done.update([stage] if step == total else [])
+        elif done == set(names):
+            raise _Enough
+
+    edit.report = report
+    try:
+        edit.edit(make_sample(size, masked=STAGES[measured[0]].masked), **observers)
+    except _Enough:
+        pass
+    finally:
+        edit.report = lambda stage, done, total, note: None
+    if done != set(names):
+        raise RuntimeError(f"of {', '.join(names)} only {', '.join(done) or 'nothing'} ran to its end")
+
+
+def bare_forward(edit: Editor, size: int, *, rows: int, autocast: bool) -> Callable[[], None]:
+    """One forward of the denoiser by itself, without gradient."""
+    backbone = edit.backbone
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn((rows, backbone.latent_channels, *backbone.latent_size(size, size)), generator=generator)
+    width = backbone.network.config.cross_attention_dim
+    embeddings = torch.randn((rows, 77, width), generator=generator)
+    latents, embeddings = (x.to(backbone.device, backbone.network.dtype) for x in (latents, embeddings))
+    t = torch.tensor(500, device=backbone.device)
+
+    @torch.no_grad()
+    def forward() -> None:
+        mixed = autocast and edit.autocast != "none"
+        half = torch.float16 if edit.autocast == "fp16" else torch.bfloat16
+        with torch.autocast(backbone.device.type, dtype=half) if mixed else nullcontext():
+            backbone.network(latents, t, encoder_hidden_states=embeddings)
+
+    return forward
+
+
+# ----------------------------------------------------------------------------------- time and operations
+
+
+@dataclass
+class Clock:
+    """Seconds, of the process's CPU or of the wall; waits for a GPU before it is read."""
+
+    device: torch.device
+    kind: str
+
+    def __call__(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.process_time() if self.kind == "cpu" else time.perf_counter()
+
+    def time(self, action: Callable[[], Any]) -> float:
+        before = self()
+        action()
+        return self() - before
+
+
+def operations(
+    settings: BenchmarkConfig, backbone: StableDiffusion, adapter: str, names: Sequence[str]
+) -> dict[str, float]:
+    """GFLOP (multiplication and addition are two) of one step of each stage and of one forward for each batch."""
+    counts: dict[str, float] = {}
+    counter = FlopCounterMode(display=False)
+
+    def watch(name: str, step: int, total: int) -> None:
+        if step == total:
+            counter.__exit__(None, None, None)
+            counts[name] = counter.get_total_flops() / 1e9
+        elif step == total - 1:
+            counter.__enter__()
+
+    for measured in _edits(names):
+        run_edit(
+            editor(settings, backbone, steps=2, adapter=_adapter(measured, adapter)), measured, settings.size, watch
+        )
+    edit = editor(settings, backbone, steps=1, adapter=adapter)
+    with counter:
+        bare_forward(edit, settings.size, rows=1, autocast=False)()
+    counts["forward"] = counter.get_total_flops() / 1e9
+    return counts
+
+
+def times(
+    settings: BenchmarkConfig, backbone: StableDiffusion, adapter: str, names: Sequence[str], clock: Clock
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of a step of each stage, and of the forward before it, one of each for each repetition."""
+    steps = settings.steps + 1  # the first is not counted
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    forwards: dict[str, list[float]] = {name: [] for name in names}
+
+    for repeat in range(settings.repeats):
+        for measured in _edits(names):
+            edit = editor(settings, backbone, steps=steps, adapter=_adapter(measured, adapter))
+            started = 0.0
+
+            def watch(name: str, step: int, total: int, edit: Editor = edit) -> None:
+                nonlocal started
+                stage, counted = STAGES[name], max(1, total - 1)
+                if step == 0:
+                    forward = bare_forward(edit, settings.size, rows=stage.rows, autocast=stage.autocast)
+                    forwards[name].append(clock.time(forward))
+                if step == total - counted:
+                    started = clock()
+                elif step == total:
+                    seconds[name].append((clock() - started) / counted)
+
+            run_edit(edit, measured, settings.size, watch)
+        print(f"repetition {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)
+    return seconds, forwards
+
+
+def _edits(names: Sequence[str]) -> Iterator[list[str]]:
+    for together in EDITS:
+        if measured := [name for name in together if name in names]:
+            yield measured
+
+
+def _adapter(measured: Sequence[str], adapter: str) -> str:
+    return "" if "lora" in measured else adapter
+
+
+def matmul_gflops(clock: Clock, dtype: torch.dtype) -> float:
+    """What a large product of matrices reaches, GFLOP/s: the roof that the stages are compared with."""
+    side, repeats = (8192, 20) if clock.device.type == "cuda" else (2048, 3)
+    a, b = (torch.randn((side, side), device=clock.device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(repeats):
+        best = min(best, clock.time(lambda: a @ b))
+    return 2 * side**3 / best / 1e9
+
+
+# ----------------------------------------------------------------------------------- the framework's share
+
+
+def overhead(settings: BenchmarkConfig, clock: Clock) -> dict[str, float]:
+    """Milliseconds of a drag step with a tiny model: the product's, under its Trainer with callbacks and a CSV log,
+    and the same maths in a bare loop; the medians over the repetitions.
+    """
+    tiny = dataclasses.replace(settings, model="tiny", dtype="fp32", autocast="none", size=64)
+    backbone = load(tiny)
+    ours, bare = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(settings.repeats):
+            lengths = {"lora": {"steps": 0}, "ddim": {"strength": 0.02}, "drag": {"steps": OVERHEAD_STEPS}}
+            edit = editor(tiny, backbone, steps=1, adapter="", **lengths)
+            started = 0.0
+
+            def watch(name: str, step: int, total: int) -> None:
+                nonlocal started
+                if step == 1:
+                    started = clock()
+                elif step == total:
+                    ours.append((clock() - started) / (total - 1))
+
+            run_edit(edit, ["drag, mask"], tiny.size, watch, logger=CSVLogger(folder, name=str(repeat)))
+            bare.append(bare_drag(edit, tiny.size, clock))
+    return {"product_ms": 1e3 * median(ours), "bare_ms": 1e3 * median(bare)}
+
+
+def bare_drag(edit: Editor, size: int, clock: Clock) -> float:
+    """Seconds of a step of the masked drag without `LatentDrag`, Trainer, callbacks and log."""
+    backbone, settings = edit.backbone, edit.config.drag
+    sample, grid = make_sample(size, masked=True), points.grid_size((size, size), settings.grid_scale)
+    handles, targets = (
+        points.to_grid(torch.tensor(np.asarray(which)), image_size=(size, size), grid=grid)
+        for which in (sample.handles, sample.targets)
+    )
+    scheduler = backbone.scheduler(edit.config.ddim.steps)
+    index = len(scheduler.timesteps) - 1
+    t, alpha = scheduler.timesteps[index], scheduler.alphas_cumprod[int(scheduler.timesteps[index])]
+    alpha_to = ddim.alpha_before(scheduler, index)
+    backbone.network.requires_grad_(False)
+    with torch.no_grad():
+        embeddings = backbone.embed([sample.prompt])
+    shape = (1, backbone.latent_channels, *backbone.latent_size(size, size))
+    latent = torch.randn(shape, device=backbone.device, requires_grad=True)
+    keep = torch.ones((1, 1, *shape[2:]), device=backbone.device)
+    optimizer = torch.optim.Adam([latent], lr=settings.lr)
+    blocks = [backbone.feature_block(name) for name in settings.features]
+    initial = templates = None
+    started = 0.0
+    for step in range(OVERHEAD_STEPS):
+        if step == 1:
+            started = clock()
+        output, maps = forward_with_features(lambda: backbone.predict(latent, t, embeddings), blocks, need_output=True)
+        features = FeatureMap(maps, grid)
+        templates = features.at(handles).detach() if templates is None else templates
+        if step:
+            with torch.no_grad():
+                handles = tracking.nearest(
+                    features, templates=templates, handles=handles, radius=settings.tracking_radius
+                )
+        previous = ddim.move(
+            latent, output, alpha=alpha, alpha_to=alpha_to, prediction_type=backbone.prediction_type
+        )  # fmt: skip
+        initial = previous.detach() if initial is None else initial
+        loss = motion.one_step(
+            features, handles=handles, targets=targets, radius=settings.motion_radius, stop_distance=0.0
+        ) + settings.mask_weight * motion.mask_term(previous, initial, keep=keep)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (clock() - started) / (OVERHEAD_STEPS - 1)
+
+
+# ----------------------------------------------------------------------------------- memory
+
+
+def peak_memory(settings: BenchmarkConfig, adapter: str, name: str) -> dict[str, float]:
+    """MB at a stage's peak and with the model just loaded; for a process of its own."""
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    backbone = load(settings)
+    found = {"loaded_mb": _memory(backbone.device), "peak_mb": 0.0}
+    adapter = _adapter([name], adapter)
+    edit = editor(settings, backbone, steps=1, adapter=adapter, output={"frames_every": 10})
+    highest = Highest(backbone.device)
+
+    def watch(name: str, step: int, total: int) -> None:
+        if step == 0:
+            highest.start()
+        elif step == total:
+            found["peak_mb"] = highest.stop()
+
+    run_edit(edit, [name], settings.size, watch)
+    return found
+
+
+def peaks(settings: BenchmarkConfig, adapter: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`peak_memory` of each stage, one process after the other."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
+        return {name: pool.submit(peak_memory, settings, adapter, name).result() for name in names}
+
+
+def _memory(device: torch.device) -> float:
+    """MB in use now."""
+    used = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return used / 2**20
+
+
+class Highest(threading.Thread):
+    """The most memory in use between start and stop: the allocator's own figure on a GPU, else looked at by a thread
+    (a child's `ru_maxrss` begins with its parent's, and can't be reset).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(daemon=True)
+        self.device, self.most, self.over = device, 0.0, threading.Event()
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        super().start()
+
+    def run(self) -> None:
+        while not self.over.wait(0.005):
+            self.most = max(self.most, _memory(self.device))
+
+    def stop(self) -> float:
+        """MB."""
+        self.over.set()
+        self.join()
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return max(self.most, _memory(self.device))
+
+
+# ----------------------------------------------------------------------------------- results
+
+
+def measure(settings: BenchmarkConfig) -> dict[str, Any]:
+    """All that the settings ask for, as plain values for JSON."""
+    names = _chosen(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    stages: dict[str, dict[str, float]] = {name: {} for name in names}
+    results: dict[str, Any] = {"settings": dataclasses.asdict(settings), "stages": stages}
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = load(settings)
+        adapter = _random_lora(backbone, Path(folder))
+        device = backbone.device
+        clock = Clock(device, "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall")
+        results |= {"clock": clock.kind, "machine": _machine(device)}
+        if settings.repeats:
+            gflop = operations(settings, backbone, adapter, names)
+            roof = matmul_gflops(clock, DTYPES[settings.dtype])
+            seconds, forwards = times(settings, backbone, adapter, names, clock)
+            results |= {"roof_gflop_per_s": round(roof), "forward_gflop": gflop["forward"]}
+            for name, stage in stages.items():
+                ratios = [step / forward for step, forward in zip(seconds[name], forwards[name], strict=True)]
+                stage |= {
+                    "ratio": median(ratios),
+                    "ratio_low": min(ratios),
+                    "ratio_high": max(ratios),
+                    "seconds": median(seconds[name]),
+                    "forward_seconds": median(forwards[name]),
+                    "gflop": gflop[name],
+                    "over_roof": median(seconds[name]) * roof / gflop[name],
+                }
+            results["overhead"] = overhead(settings, clock)
+        del backbone
+        if settings.memory_peaks:
+            for name, found in peaks(settings, adapter, names).items():
+                stages[name] |= found
+    return json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
+
+
+def _chosen(settings: BenchmarkConfig) -> list[str]:
+    unknown = [name for name in settings.stages if name not in STAGES]
+    if unknown:
+        raise UserError(f"stages names {unknown[0]!r}: there are {', '.join(STAGES)}")
+    return [name for name in STAGES if name in settings.stages or not settings.stages]
+
+
+def _random_lora(backbone: StableDiffusion, folder: Path) -> str:
+    """A LoRA of the default rank, so that an edit has one to merge without training it."""
+    with lora.injected(backbone.network, backbone.lora_targets, rank=Config().lora.rank, alpha=1.0, seed=0):
+        return str(lora.save(lora.extract(lora.parameters(backbone.network), scale=1.0), folder))
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for people."""
+    lines = [
+        f"{'stage':<14} {'x forward':>9} {'range':>11} {'s a step':>9} {'GFLOP':>7} {'x roof':>7} {'peak MB':>8}",
+    ]
+    for name, stage in results["stages"].items():
+        spread = f"{stage['ratio_low']:.2f}-{stage['ratio_high']:.2f}" if "ratio" in stage else ""
+        lines.append(
+            f"{name:<14} {_number(stage, 'ratio', '.3f'):>9} {spread:>11} {_number(stage, 'seconds', '.4g'):>9} "
+            f"{_number(stage, 'gflop', '.4g'):>7} {_number(stage, 'over_roof', '.2f'):>7} "
+            f"{_number(stage, 'peak_mb', '.0f'):>8}"
+        )
+    if "overhead" in results:
+        took = results["overhead"]
+        lines.append(
+            f"a drag step of a tiny model: {took['product_ms']:.1f} ms, {took['bare_ms']:.1f} in a bare loop: "
+            f"the framework adds {took['product_ms'] - took['bare_ms']:.1f}"
+        )
+    machine = results["machine"]
+    lines.append(
+        f"{machine['device']}, threads {machine['threads']}, torch {machine['torch']}, clock {results['clock']}"
+    )
+    return "\n".join(lines)
+
+
+def _number(stage: dict[str, float], key: str, style: str) -> str:
+    return format(stage[key], style) if key in stage else "-"
+
+
+def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What changed from one run's results to another's."""
+    lines = [f"{'':<14} {'before':>9} {'after':>9} {'change':>8}"]
+    for name in [name for name in STAGES if name in before["stages"] and name in after["stages"]]:
+        for key, unit in (("ratio", "x forward"), ("peak_mb", "peak MB")):
+            one, two = before["stages"][name].get(key), after["stages"][name].get(key)
+            if one and two:
+                lines.append(f"{name:<14} {one:>9.4g} {two:>9.4g} {two / one - 1:>+8.1%}  {unit}")
+    other = [
+        f"{key} ({value} before, {after['settings'].get(key)} after)"
+        for key, value in before["settings"].items()
+        if after["settings"].get(key) != value and key != "output"
+    ]
+    if before["machine"] != after["machine"]:
+        other.append("the machine")
+    return "\n".join(lines + ([f"they also differ in {', '.join(other)}"] if other else []))
+
+
+def read(path: str) -> dict[str, Any]:
+    """Results that a run wrote.
+
+    Raises:
+        UserError: missing, or something else.
+    """
+    try:
+        results = json.loads(Path(path).read_text("utf-8"))
+        _ = table(results), results["settings"].items()
+    except OSError as error:
+        raise UserError(f"cannot read {path!r}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path!r} holds no results of this benchmark") from None
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="all keys, with their defaults:\n\n" + describe(BenchmarkConfig).replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--compare", nargs=2, metavar=("BEFORE.json", "AFTER.json"))
+    given = parser.parse_args(argv)
+    try:
+        if given.compare:
+            print(comparison(*map(read, given.compare)))
+            return 0
+        settings = load_benchmark(given.settings)
+        out = Path(settings.output) if settings.output else None
+        if out and not out.parent.is_dir():
+            raise UserError(f"output is {settings.output!r}: there is no folder {str(out.parent)!r}")
+        results = measure(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(results))
+    if out:
+        out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
