@@ -10,6 +10,7 @@ is not counted (it sets up the Trainer, encodes the picture), the others are ave
 and precision runs just before each stage, and a ratio is the median over the repetitions of stage / forward. Speed does
 not depend on the weights. On a CPU with one thread the clock is the process's CPU time, else the wall's. Peaks of
 memory are measured apart, each stage in a process of its own: on a CPU resident memory, on a GPU the allocator's.
+Previews (`output.frames_every`) are left out of the times; the peaks include one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import psutil
 import torch
@@ -104,8 +104,10 @@ def load(settings: BenchmarkConfig) -> StableDiffusion:
 def random_pipeline(*, tiny: bool, dtype: str) -> Any:
     """A diffusers pipeline of Stable Diffusion 1.5's structure with random weights; `tiny` has a few channels only."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.utils import logging
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    logging.set_verbosity_error()
     unet, vae, text = (
         json.loads((SHIPPED / "sd1" / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")
     )
@@ -156,7 +158,8 @@ def editor(
         "lora": {"path": adapter, "steps": steps, "batch_size": LORA_BATCH, "resolution": settings.size},
         # the schedule has more steps than are taken; which ones makes no difference to the time
         "ddim": {"steps": 50, "strength": steps / 50},
-        "drag": {"steps": steps, "stop_distance": 0.0},
+        # so small a rate that no handle reaches its target, which would end the drag early
+        "drag": {"steps": steps, "stop_distance": 0.0, "lr": 1e-6},
         "output": {"frames_every": 0},
         "cache": {"enabled": False},
     }
@@ -176,17 +179,13 @@ def make_sample(size: int, *, masked: bool) -> EditSample:
 
 
 def run_edit(
-    edit: Editor,
-    measured: Sequence[str],
-    size: int,
-    watch: Callable[[str, int, int], None],
-    *,
-    logger: CSVLogger | None = None,
+    edit: Editor, measured: Sequence[str], size: int, watch: Callable[[str, int, int], None], **observers: Any
 ) -> None:
     """Edit until the stages of these names are done.
 
     Args:
         watch: told of a measured stage, the steps done in it and its steps in all.
+        observers: as for `Editor.edit`.
     """
     names = {STAGES[name].reports: name for name in measured}
     done: set[str] = set()
@@ -200,7 +199,7 @@ def run_edit(
 
     edit.report = report
     try:
-        edit.edit(make_sample(size, masked=STAGES[measured[0]].masked), logger=logger)
+        edit.edit(make_sample(size, masked=STAGES[measured[0]].masked), **observers)
     except _Enough:
         pass
     finally:
@@ -336,9 +335,7 @@ def overhead(settings: BenchmarkConfig, clock: Clock) -> dict[str, float]:
     ours, bare = [], []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(settings.repeats):
-            # a handle that can't move never arrives
-            drag = {"steps": OVERHEAD_STEPS, "tracking_radius": 0}
-            lengths = {"lora": {"steps": 0}, "ddim": {"strength": 0.02}, "drag": drag}
+            lengths = {"lora": {"steps": 0}, "ddim": {"strength": 0.02}, "drag": {"steps": OVERHEAD_STEPS}}
             edit = editor(tiny, backbone, steps=1, adapter="", **lengths)
             started = 0.0
 
@@ -349,8 +346,7 @@ def overhead(settings: BenchmarkConfig, clock: Clock) -> dict[str, float]:
                 elif step == total:
                     ours.append((clock() - started) / (total - 1))
 
-            logger = CSVLogger(folder, name=str(repeat))
-            run_edit(edit, ["drag, mask"], tiny.size, watch, logger=logger)
+            run_edit(edit, ["drag, mask"], tiny.size, watch, logger=CSVLogger(folder, name=str(repeat)))
             bare.append(bare_drag(edit, tiny.size, clock))
     return {"product_ms": 1e3 * median(ours), "bare_ms": 1e3 * median(bare)}
 
@@ -405,9 +401,8 @@ def bare_drag(edit: Editor, size: int, clock: Clock) -> float:
 
 
 def peak_memory(settings: BenchmarkConfig, adapter: str, name: str) -> dict[str, float]:
-    """MB at a stage's peak, previews included, and with the model loaded, before anything is done; in a new process."""
+    """MB at a stage's peak and with the model just loaded; for a process of its own."""
     torch.set_num_threads(settings.threads or torch.get_num_threads())
-    diffusers.utils.logging.set_verbosity_error()
     backbone = load(settings)
     found = {"loaded_mb": _memory(backbone.device), "peak_mb": 0.0}
     adapter = _adapter([name], adapter)
@@ -484,7 +479,7 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
             gflop = operations(settings, backbone, adapter, names)
             roof = matmul_gflops(clock, DTYPES[settings.dtype])
             seconds, forwards = times(settings, backbone, adapter, names, clock)
-            results |= {"roof_gflop_per_s": round(roof), "forward_gflop": round(gflop["forward"], 3)}
+            results |= {"roof_gflop_per_s": round(roof), "forward_gflop": gflop["forward"]}
             for name, stage in stages.items():
                 ratios = [step / forward for step, forward in zip(seconds[name], forwards[name], strict=True)]
                 stage |= {
@@ -594,7 +589,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE.json", "AFTER.json"))
     given = parser.parse_args(argv)
-    diffusers.utils.logging.set_verbosity_error()
     try:
         if given.compare:
             print(comparison(*map(read, given.compare)))

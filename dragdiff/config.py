@@ -112,7 +112,7 @@ class ModelConfig:
     )
     memory: str = option(
         "normal",
-        "low = gradient checkpointing: much less memory for more time in LoRA and drag, the same result",
+        "low = LoRA and drag keep less for their backward pass and compute it again: slower, the same result",
         one_of("normal", "low"),
         local=True,
     )

@@ -1,0 +1,80 @@
+"""benchmarks/speed.py with its tiny model: it runs, counts and compares; no figure of time is asserted."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dragdiff.config import BenchmarkConfig
+
+FILE = Path(__file__).parent.parent / "benchmarks" / "speed.py"
+
+
+@pytest.fixture(scope="module")
+def speed():
+    spec = importlib.util.spec_from_file_location("speed", FILE)
+    module = sys.modules["speed"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.OVERHEAD_STEPS = 4
+    yield module
+    del sys.modules["speed"]
+
+
+@pytest.fixture(scope="module")
+def results(speed, tmp_path_factory):
+    file = tmp_path_factory.mktemp("benchmark") / "tiny.json"
+    assert speed.main(["model=tiny", "size=64", "repeats=1", "memory_peaks=false", f"output={file}"]) == 0
+    return file
+
+
+def test_every_stage_is_measured_and_a_step_costs_what_its_operations_say(speed, results):
+    found = json.loads(results.read_text())
+    forward = found["forward_gflop"]
+    stages = found["stages"]
+    assert list(stages) == list(speed.STAGES)
+    assert all(stage["ratio"] > 0 for stage in stages.values())
+    # no operations but the denoiser's: a row's forward, and for the denoising one more for the source
+    assert stages["inversion"]["gflop"] == pytest.approx(forward, rel=0.01)
+    assert stages["denoise"]["gflop"] == pytest.approx(2 * forward, rel=0.2)
+    # with a mask the whole network runs forth and back, without it stops at the feature block
+    assert stages["drag, no mask"]["gflop"] < stages["drag, mask"]["gflop"]
+    assert 1.5 * forward < stages["drag, mask"]["gflop"] < 3 * forward
+    assert stages["lora"]["gflop"] > 2 * speed.LORA_BATCH * forward * 0.8
+
+
+def test_memory_of_a_stage(speed):
+    settings = BenchmarkConfig(model="tiny", size=64)
+    found = speed.peak_memory(settings, "", "lora")
+    assert found["peak_mb"] >= found["loaded_mb"] > 0
+
+
+def test_two_runs_are_compared(speed, results, tmp_path, capsys):
+    changed = json.loads(results.read_text())
+    changed["stages"]["decode"]["ratio"] *= 2
+    changed["settings"]["memory"] = "low"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(changed))
+    assert speed.main(["--compare", str(results), str(other)]) == 0
+    out = capsys.readouterr().out
+    assert "+100.0%" in next(line for line in out.splitlines() if line.startswith("decode"))
+    assert "memory (normal before, low after)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model=no/such/model/here"], "no such file or folder"),
+        (["modle=tiny"], "did you mean 'model'"),
+        (["stages=[dreg]", "model=tiny"], "there are lora"),
+        (["output=/no/such/folder/x.json"], "there is no folder"),
+        (["--compare", "none.json", "none.json"], "cannot read 'none.json'"),
+        (["--compare", str(FILE), str(FILE)], "holds no results"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(speed, capsys, arguments, words):
+    assert speed.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
