@@ -893,12 +893,17 @@ class Editor:
 
     @contextmanager
     def _adapted(self, adapters: Sequence[lora.LoRA | None]) -> Iterator[lora.Rows | None]:
-        """The network with each picture's LoRA: in its weights if it is the same for all, else beside them."""
-        if all(adapter is adapters[0] for adapter in adapters):
-            with lora.merged(self.backbone.network, adapters[0] if adapters else None):
+        """The network with each picture's LoRA: in its weights if it is the same for all, else beside them.
+
+        To save memory it is beside them, too: merging keeps a copy of the weights that it changes.
+        """
+        network, first = self.backbone.network, adapters[0]
+        saving = self.config.model.memory == "low" and first is not None and lora.can_be_beside(network, first)
+        if all(adapter is first for adapter in adapters) and not saving:
+            with lora.merged(network, first):
                 yield None
         else:
-            with lora.beside(self.backbone.network, lora.Rows.of(adapters, self.backbone.device)) as rows:
+            with lora.beside(network, lora.Rows.of(adapters, self.backbone.device)) as rows:
                 yield rows
 
     def _inputs_of_each(self, adapters: Sequence[lora.LoRA | None], rows: lora.Rows | None) -> list[dict[str, Any]]:

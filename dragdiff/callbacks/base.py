@@ -18,5 +18,8 @@ class DragCallback(L.Callback):
     Only `PointTracking` acts on what it sees; the others observe, so that removing one never changes the picture.
     """
 
+    def on_latent(self, trainer: L.Trainer, drag: Drag) -> None:
+        """Called before the forward of each step, when nothing is kept for a backward yet."""
+
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
         """Called once a step of a drag, with the features of its latent before the update."""

@@ -68,13 +68,19 @@ class Frames(DragCallback):
         """
         self.preview, self.draw, self.every, self.folder, self.logger = preview, draw, every, folder, logger
         self.frames: list[tuple[int, np.ndarray, Tensor]] = []
+        self._picture: np.ndarray | None = None
 
     @torch.no_grad()
+    def on_latent(self, trainer: L.Trainer, drag: Drag) -> None:
+        # here, and not where the features are: then all that the backward needs would be in memory, too
+        if drag.steps_done % self.every == 0:
+            self._picture = self.preview(drag.latent.detach())
+
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
-        step = drag.steps_done
-        if step % self.every:
+        step, picture = drag.steps_done, self._picture
+        self._picture = None
+        if picture is None:
             return
-        picture = self.preview(drag.latent.detach())
         self.frames.append((step, picture, drag.handles.clone()))
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,12 @@ class Drag(nn.Module):
         """Log a value of this step, e.g. from a callback."""
         self.values[name] = value
 
+    def begin(self, trainer: L.Trainer) -> None:
+        """Show the latent of the step to come to the callbacks."""
+        for callback in self.callbacks:
+            if isinstance(callback, DragCallback):
+                callback.on_latent(trainer, self)
+
     def look(self, trainer: L.Trainer, features: FeatureMap) -> None:
         """Show a step's features to the callbacks, the tracker among them."""
         self.values = {}
@@ -164,6 +170,8 @@ class LatentDrag(L.LightningModule):
     def training_step(self, _: int) -> None:
         running = [number for number, drag in enumerate(self.drags) if not drag.stop_reason]
         drags = [self.drags[number] for number in running]
+        for drag in drags:
+            drag.begin(self.trainer)
         need_output = any(drag.mask is not None for drag in drags)
         output, features = self.probe(torch.cat([drag.latent for drag in drags]), running, need_output)
         losses = []

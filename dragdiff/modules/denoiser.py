@@ -35,10 +35,7 @@ class Denoiser:
             latents: (B, C, h, w).
             pictures: whose prompt and LoRA each row has; None: those of all pictures, in their order.
         """
-        before = self.adapters.active if self.adapters is not None else ()
         output = self._rows(latents, t, pictures)
-        if self.adapters is not None:
-            self.adapters.active = before  # a backward of other rows may be pending, and go through them again
         return output if self.guidance == 1 else guide(output, self.guidance)
 
     def with_features(

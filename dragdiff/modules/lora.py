@@ -181,6 +181,11 @@ def beside(network: nn.Module, rows: Rows) -> Iterator[Rows]:
             handle.remove()
 
 
+def can_be_beside(network: nn.Module, lora: LoRA) -> bool:
+    """Whether it updates linear projections only, as those that are trained here do."""
+    return all(isinstance(_projection(network, path), nn.Linear) for path in lora.down)
+
+
 @contextmanager
 def trainable(
     network: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, seed: int, pictures: int
