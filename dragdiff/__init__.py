@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dragdiff.config import load_config
     from dragdiff.data.sample import EditSample
-    from dragdiff.editor import Editor, EditResult
+    from dragdiff.editor import Editor, EditResult, Request
     from dragdiff.errors import UserError
 
-__all__ = ["EditResult", "EditSample", "Editor", "UserError", "load_config"]
+__all__ = ["EditResult", "EditSample", "Editor", "Request", "UserError", "load_config"]
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported, by whichever library
 
@@ -19,6 +19,7 @@ _HOME = {
     "EditResult": "dragdiff.editor",
     "EditSample": "dragdiff.data.sample",
     "Editor": "dragdiff.editor",
+    "Request": "dragdiff.editor",
     "UserError": "dragdiff.errors",
     "load_config": "dragdiff.config",
 }
