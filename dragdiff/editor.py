@@ -156,6 +156,7 @@ class Editor:
             for stage in cache.STAGES
         )
         self._references: dict[str, list[attention.States]] = {}  # of the picture edited last
+        self._generated: dict[str, tuple[list[np.ndarray], list[Tensor], Any]] = {}  # last
 
     @classmethod
     def from_config(cls, *files: str | Path, overrides: Sequence[str] = (), **kwargs: Any) -> Editor:
@@ -273,7 +274,8 @@ class Editor:
         folder = _made(folder)
         with open_logger(self.config, name=folder.name, folder=folder) as logger:
             result = self.edit(sample, folder=folder, logger=logger, **observers)
-            self._save(result, folder, logger)
+            output.save(result, folder)
+            log_result(logger, output.comparison(result), output.metrics(result))
         return result
 
     def edit_and_save_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
@@ -288,17 +290,18 @@ class Editor:
         results = self.edit_batch(
             [dataclasses.replace(r, folder=f, logger=log) for r, f, log in zip(requests, folders, loggers, strict=True)]
         )
-        for result, folder, recording in zip(results, folders, loggers, strict=True):
+        for result, folder in zip(results, folders, strict=True):
             if isinstance(result, EditResult):
-                with open_logger(result.config, name=folder.name, folder=folder) as logger:
-                    if recording is not None:
+                output.save(result, folder)
+        for number, (result, folder, recording) in enumerate(zip(results, folders, loggers, strict=True)):
+            if isinstance(result, EditResult) and recording is not None:
+                try:
+                    with open_logger(result.config, name=folder.name, folder=folder) as logger:
                         recording.replay(logger)
-                    self._save(result, folder, logger)
+                        log_result(logger, output.comparison(result), output.metrics(result))
+                except UserError as error:
+                    results[number] = UserError(f"{error} (the pictures are in {folder})")
         return results
-
-    def _save(self, result: EditResult, folder: Path, logger: Logger | None) -> None:
-        output.save(result, folder)
-        log_result(logger, output.comparison(result), output.metrics(result))
 
     def finetune(
         self, sample: EditSample, *, folder: Path | None = None, logger: Logger | None = None
@@ -351,12 +354,13 @@ class Editor:
             UserError: bad settings.
         """
         other = Editor(config, self.backbone, report=self.report)
-        other._references = self._references
+        other._references, other._generated = self._references, self._generated
         return other
 
     def forget(self) -> None:
         """Give up what is kept in memory for the next edit of the same picture."""
         self._references.clear()
+        self._generated.clear()
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -376,6 +380,24 @@ class Editor:
         return picture, path
 
     def _generate(self, prompts: Sequence[str]) -> tuple[list[np.ndarray], list[Tensor], Any]:
+        """As `_sampled`; kept for the next edit of the same pictures."""
+        if not self.config.cache.enabled:
+            return self._sampled(prompts)
+        key = cache.digest(
+            **self._model_inputs(),
+            prompts=list(prompts),
+            seed=self.config.seed,
+            ddim=dataclasses.asdict(self.config.ddim),
+            generate=dataclasses.asdict(self.config.generate),
+            lora=self.config.lora.path,
+        )
+        if key not in self._generated:
+            self._generated.clear()
+            self._generated[key] = self._sampled(prompts)
+        images, path, at_drag = self._generated[key]
+        return images, path, copy.deepcopy(at_drag)  # which an edit moves on
+
+    def _sampled(self, prompts: Sequence[str]) -> tuple[list[np.ndarray], list[Tensor], Any]:
         """As `generate`, of several prompts at once; also the scheduler as it was at the drag's step.
 
         A multistep solver (DPM++ 2M) remembers the step before. Denoising goes on with that memory, for the source and

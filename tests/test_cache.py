@@ -536,3 +536,20 @@ def test_reference_branch_too_large_for_the_memory_is_not_kept(edits):
     assert not editor._references
     editor.reconfigured(big).edit(sample)
     assert len(editor._references) == 1
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++2m"])
+def test_a_generated_picture_is_sampled_once_for_its_edits(edits, scheduler):
+    editor, config, sample, computed = edits
+    settings = ["generate.enabled=true", "generate.height=64", "generate.width=64", f"generate.scheduler={scheduler}"]
+    other = replace(sample, points=[[[20, 20], [30, 30]]])
+    editor.reconfigured(config(*settings)).edit(sample)
+    assert computed.count("generate") == 1
+    kept = editor.reconfigured(config(*settings, "drag.lr=0.1")).edit(other)
+    assert computed.count("generate") == 1
+    alone = editor.reconfigured(config(*settings, "drag.lr=0.1", "cache.enabled=false")).edit(other)
+    assert np.array_equal(kept.image, alone.image) and np.array_equal(kept.sample.image, alone.sample.image)
+    for change in ("seed=1", "ddim.strength=0.5", "generate.guidance=3", "generate.negative_prompt=x"):
+        before = computed.count("generate")
+        editor.reconfigured(config(*settings, change)).edit(sample)
+        assert computed.count("generate") == before + 1
