@@ -68,7 +68,7 @@ class Stage(NamedTuple):
     masked: bool = True
 
 
-LORA_BATCH = 4
+LORA_BATCH = Config().lora.batch_size
 STAGES = {
     "lora": Stage("LoRA", rows=LORA_BATCH, autocast=True),
     "inversion": Stage("inversion"),

@@ -146,7 +146,11 @@ class StageCache:
                     shutil.rmtree(partial, ignore_errors=True)
                 if crowded:
                     self._evict(spare=entry)
-        except (OSError, NotImplementedError) as error:  # a lock that can't be had in time is an OSError
+        except (
+            OSError,
+            NotImplementedError,
+            SafetensorError,
+        ) as error:  # a lock that can't be had in time is an OSError
             warnings.warn(
                 f"cannot write the cache {self.folder}: {one_line(error)}; the result is used but not kept",
                 stacklevel=2,

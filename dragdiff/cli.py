@@ -380,7 +380,8 @@ def _each_sample(
             except UserError as error:
                 if total == 1:
                     raise
-                outcomes = [error] * len(requests)
+                # without the traceback, which would keep the failed edit's tensors through the next one
+                outcomes = [UserError(str(error))] * len(requests)
             except KeyboardInterrupt:
                 kept = "; ".join(_kept(request.folder) for request in requests if request.folder)
                 finished = f"; {done} of {total} samples are finished" if total > 1 else ""

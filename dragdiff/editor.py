@@ -38,6 +38,10 @@ from dragdiff.modules.images import to_tensor, to_uint8
 from dragdiff.modules.loading import load_backbone, resolve_autocast, skeleton
 
 Report = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, note
+TOO_LITTLE_MEMORY = (
+    "the device's memory is too small for this picture: set model.memory=low, a smaller data.max_size, "
+    "model.dtype=fp16 or a smaller lora.batch_size"
+)
 PREVIEW_LATENT = 32  # previews are decoded from a latent of at most this side
 
 
@@ -148,6 +152,7 @@ class Editor:
         _check_blocks(config, self.backbone.feature_block, self.backbone.self_attention_layers)
         self.report = report or (lambda stage, done, total, note: None)
         self.seconds: dict[str, float] = {}
+        self.ran_together = 0  # edits of the last batch
         device = self.backbone.device
         self.autocast = resolve_autocast(config.model.autocast, device=device, dtype=config.model.dtype)
         folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
@@ -222,8 +227,13 @@ class Editor:
         for request in requests:
             if isinstance(request.logger, Recording):
                 request.logger.clear()
-        middle = len(requests) // 2
-        return [*self.edit_batch(requests[:middle]), *self.edit_batch(requests[middle:])]
+        middle, results = len(requests) // 2, []
+        for half in (requests[:middle], requests[middle:]):
+            try:
+                results += self.edit_batch(half)
+            except torch.OutOfMemoryError:  # what the other half has made is not lost
+                results += [UserError(TOO_LITTLE_MEMORY)] * len(half)
+        return results
 
     def _edit_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
         self.seconds = {}
@@ -232,6 +242,7 @@ class Editor:
         self._check_batch(requests)
         scheduler = self._scheduler()
         path: list[Tensor] = []
+        prompts: list[str] = []
         samples = [request.sample for request in requests]
         if self.config.generate.enabled:
             prompts = list(dict.fromkeys(sample.prompt for sample in samples))
@@ -241,17 +252,20 @@ class Editor:
         edits, pictures = self._begin(requests, samples, outcomes)
         adapters = self._adapters(pictures, edits, outcomes)
         if edits:
-            with self._frozen(), self._adapted(adapters) as rows, self._freeu():
+            with self._frozen(), self._adapted(adapters) as beside, self._freeu():
                 embeddings = self._embeddings([picture.prompt for picture in pictures])
-                denoiser = Denoiser(self.backbone, embeddings, guidance=self._guidance, adapters=rows)
-                inputs = self._inputs_of_each(adapters, rows)
+                denoiser = Denoiser(self.backbone, embeddings, guidance=self._guidance, adapters=beside)
+                inputs = self._inputs_of_each(adapters, beside)
                 if path:
-                    sources = path[len(path) - 1 - self.drag_steps_of_schedule]
+                    rows = [prompts.index(picture.prompt) for picture in pictures]  # a refused edit has no picture
+                    sources = path[len(path) - 1 - self.drag_steps_of_schedule][rows]
+                    _keep_rows(scheduler, rows)
                 else:
                     sources = self._invert(pictures, denoiser, inputs)
                 edits = self._finite(edits, sources, outcomes)
                 self._drag(edits, sources, denoiser)
                 images = self._denoise(edits, sources, denoiser, scheduler, inputs)
+            self.ran_together = len(edits)
             for edit, image in zip(edits, images, strict=True):
                 outcomes[edit.number] = self._result(edit, image, len(edits))
         return [outcomes[number] for number in range(len(requests))]
@@ -284,7 +298,10 @@ class Editor:
         Raises:
             UserError: as `edit_batch`; also, before any work, where a folder can't be made.
         """
-        folders = [_made(request.folder or self.config.output.folder) for request in requests]
+        named = [str(request.folder) for request in requests if request.folder is not None]
+        if len(set(named)) < len(requests):
+            raise UserError(f"each edit of a batch needs a folder of its own, these have {', '.join(named) or 'none'}")
+        folders = [_made(name) for name in named]
         # W&B has one run at a time: each is opened when its edit is finished, and told what happened
         loggers = [Recording() if self.config.logger.kind != "none" else None for _ in requests]
         results = self.edit_batch(
@@ -329,7 +346,7 @@ class Editor:
 
     def share_loras(self, samples: Sequence[EditSample], steps: Collection[int]) -> None:
         """Train each sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
-        samples = [self._working(sample) for sample in samples]
+        samples = list({self._lora_key(w, 0): w for w in map(self._working, samples)}.values())  # each picture once
         keys = {(row, count): self._lora_key(sample, count) for row, sample in enumerate(samples) for count in steps}
         missing = [place for place, key in keys.items() if key not in self._loras]
         if not missing or not self.config.cache.enabled:
@@ -389,7 +406,7 @@ class Editor:
             seed=self.config.seed,
             ddim=dataclasses.asdict(self.config.ddim),
             generate=dataclasses.asdict(self.config.generate),
-            lora=self.config.lora.path,
+            lora=[self.config.lora.path, _changed_at(self.config.lora.path)],
         )
         if key not in self._generated:
             self._generated.clear()
@@ -467,7 +484,7 @@ class Editor:
             try:
                 keep = self._keep(working, config.drag)
             except UserError as error:
-                outcomes[number] = error
+                outcomes[number] = UserError(str(error))  # without what its traceback holds
                 continue
             key = (cache.digest(image=working.image), sample.prompt)
             pictures.setdefault(key, working)
@@ -481,18 +498,26 @@ class Editor:
         settings = self.config.lora
         if settings.path or self.config.generate.enabled or settings.steps == 0 or not pictures:
             return [self._named_lora()] * len(pictures)
-        if settings.resume:
-            return [self.finetune(picture) for picture in pictures]
         # the losses go to the first edit of each picture
         loggers = [next(e.request.logger for e in edits if e.picture == number) for number in range(len(pictures))]
         adapters: list[lora.LoRA | None] = []
-        for number, trained in enumerate(self._finetune(pictures, loggers)):
+        for number, trained in enumerate((self._resumed if settings.resume else self._finetune)(pictures, loggers)):
             failed = isinstance(trained, UserError)
             adapters.append(None if failed else trained)  # type: ignore[arg-type]
             for edit in [edit for edit in edits if failed and edit.picture == number]:
                 outcomes[edit.number] = trained  # type: ignore[assignment]
                 edits.remove(edit)
         return adapters
+
+    def _resumed(self, samples: Sequence[EditSample], loggers: Sequence[Logger | None]) -> list[lora.LoRA | UserError]:
+        """Each sample's LoRA from `lora.resume` on; a checkpoint is good for one picture."""
+        trained: list[lora.LoRA | UserError] = []
+        for sample, logger in zip(samples, loggers, strict=True):
+            try:
+                trained += self._train_loras([sample], [logger])
+            except UserError as error:
+                trained.append(UserError(str(error)))
+        return trained
 
     def _finetune(self, samples: Sequence[EditSample], loggers: Sequence[Logger | None]) -> list[lora.LoRA | UserError]:
         """Each sample's LoRA, from the cache or trained; those that are missing together."""
@@ -522,6 +547,8 @@ class Editor:
     ) -> list[lora.LoRA | UserError]:
         """Train a LoRA on each sample, all in one batch; a folder, or a run to resume, is for one sample.
 
+        A picture whose latent is not finite is left out: under loss scaling it would hold back all others.
+
         Args:
             snapshots: numbers of steps after which `keep` is given the sample's number, the steps and the LoRA.
         """
@@ -532,14 +559,18 @@ class Editor:
         if resume:
             check_resume(resume, settings=inputs, steps=settings.steps)
         with self._frozen(), self._stage("LoRA", settings.steps) as advance:
-            lessons = [self._lesson(sample, len(scheduler.alphas_cumprod)) for sample in samples]
+            all_lessons = [self._lesson(sample, len(scheduler.alphas_cumprod)) for sample in samples]
+            good = [number for number, lesson in enumerate(all_lessons) if lesson.is_finite]
+            if not good:
+                return [UserError(self._not_finite)] * len(samples)
+            lessons, loggers = [all_lessons[number] for number in good], [loggers[number] for number in good]
             with lora.trainable(
                 backbone.network,
                 backbone.lora_targets,
                 rank=settings.rank,
                 alpha=settings.alpha or float(settings.rank),
                 seed=self.config.seed,
-                pictures=len(samples),
+                pictures=len(good),
             ) as (weights, current):
                 module = LoRAFinetune(
                     backbone,
@@ -552,8 +583,8 @@ class Editor:
                 )
 
                 def keep_all(steps: int) -> None:
-                    for number in range(len(samples)):
-                        keep(number, steps, current(number))
+                    for row, number in enumerate(good):
+                        keep(number, steps, current(row))
 
                 callbacks: list[L.Callback] = [Progress(advance), LoRASnapshots(snapshots, keep_all)]
                 if folder is not None and settings.save_every:
@@ -567,9 +598,16 @@ class Editor:
                     logger=_one_logger(loggers),
                     resume=resume,
                 )
-                trained = [current(number) for number in range(len(samples))]
+                trained = {number: current(row) for row, number in enumerate(good)}
         diverged = UserError(f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}")
-        return [one if _is_finite(one) else diverged for one in trained]
+        return [
+            UserError(self._not_finite)
+            if number not in trained
+            else trained[number]
+            if _is_finite(trained[number])
+            else diverged
+            for number in range(len(samples))
+        ]
 
     def _lesson(self, sample: EditSample, train_timesteps: int) -> Lesson:
         """What the LoRA of a sample learns from."""
@@ -633,11 +671,15 @@ class Editor:
         good = torch.isfinite(sources).flatten(1).all(dim=1).tolist()
         for edit in edits:
             if not good[edit.picture]:
-                outcomes[edit.number] = UserError(
-                    f"the latent at the drag's timestep is not finite: with model.dtype={self.config.model.dtype} and "
-                    f"autocast {self.autocast} the model overflows; use model.dtype=fp32 model.autocast=none"
-                )
+                outcomes[edit.number] = UserError(self._not_finite)
         return [edit for edit in edits if good[edit.picture]]
+
+    @property
+    def _not_finite(self) -> str:
+        return (
+            f"the picture's latent is not finite: with model.dtype={self.config.model.dtype} and autocast "
+            f"{self.autocast} the model overflows; use model.dtype=fp32 model.autocast=none"
+        )
 
     def _drag(self, edits: Sequence[_Edit], sources: Tensor, denoiser: Denoiser) -> None:
         """Sets each edit's `drag`."""
@@ -761,8 +803,7 @@ class Editor:
                     return uncontrolled(latents, t)
 
             predict = controlled
-        if remembered := getattr(scheduler, "model_outputs", None):
-            scheduler.model_outputs = [value if value is None else value[rows] for value in remembered]
+        _keep_rows(scheduler, rows)
         with self._stage("denoise", steps) as advance:
             path = ddim.sample(
                 predict,
@@ -1049,10 +1090,7 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the device's memory is too small for this picture: set a smaller data.max_size, model.dtype=fp16 or "
-            "a smaller lora.batch_size"
-        ) from error
+        raise UserError(TOO_LITTLE_MEMORY) from error
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -1075,6 +1113,12 @@ def shared_settings(config: Config) -> dict[str, Any]:
     return {key: value for key, _, value in walk(config) if key == "drag.features" or not key.startswith(_AN_EDITS_OWN)}
 
 
+def _keep_rows(scheduler: Any, rows: Sequence[int]) -> None:
+    """Let a multistep solver remember so many rows of its batch, in this order."""
+    if remembered := getattr(scheduler, "model_outputs", None):
+        scheduler.model_outputs = [value if value is None else value[list(rows)] for value in remembered]
+
+
 def _made(folder: str | Path) -> Path:
     """A folder that is there."""
     folder = Path(folder)
@@ -1085,8 +1129,15 @@ def _made(folder: str | Path) -> Path:
     return folder
 
 
+def _changed_at(path: str) -> int:
+    """When a file or folder was last written, ns; 0 without a path."""
+    return Path(path).expanduser().stat().st_mtime_ns if path else 0
+
+
 def _one_logger(loggers: Sequence[Logger | None]) -> Logger | None:
     """What a Trainer tells that serves so many runs."""
+    if all(logger is None for logger in loggers):
+        return None
     return loggers[0] if len(loggers) == 1 else Each(loggers)
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dragdiff import Editor, EditSample
@@ -109,6 +111,7 @@ def test_drags_of_one_picture_differ_in_their_loss_and_share_the_rest(backbone, 
             ["drag.lr=0.05"],
             ["drag.steps=2", "drag.motion_radius=3", "drag.tracking_radius=1"],
             ["drag.mask_weight=0", "drag.stop_distance=0.5"],
+            ["drag.steps=0"],
             ["drag.grid_scale=1", "drag.mask_weight=2"],
         )
     ]
@@ -131,7 +134,7 @@ def test_drags_of_one_picture_differ_in_their_loss_and_share_the_rest(backbone, 
         assert_same(result, before)
         assert result.config == config
     assert rows["inverted"] == 1
-    lora_rows, inversion, drags, edited, source = 3 * 2, 2, 5 + 2 + 5 + 5, 4 * 2, 2
+    lora_rows, inversion, drags, edited, source = 3 * 2, 2, 5 + 2 + 5 + 5, 5 * 2, 2
     assert rows["predict"] == lora_rows + inversion + drags + edited + source
 
 
@@ -147,6 +150,19 @@ def test_generated_pictures(backbone, scheduler):
     ):
         assert_same(result, before)
         assert np.abs(result.sample.image.astype(int) - before.sample.image.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("control", ["control.enabled=true", "control.enabled=false"])
+def test_a_refused_edit_of_a_generated_picture_takes_no_others_source(backbone, control):
+    settings = ["generate.enabled=true", "generate.scheduler=dpm++2m", "ddim.steps=6", control]
+    tiny = np.zeros((64, 64), np.uint8)
+    tiny[0, 1] = 255
+    pair = [[[20, 20], [40, 20]]]
+    blank = np.zeros((64, 64, 3), np.uint8)
+    refused, good = EditSample(blank, "a dog", pair, tiny), EditSample(blank, "a cat", pair)
+    small, result = editor(backbone, *settings).edit_batch([Request(refused), Request(good)])
+    assert isinstance(small, UserError)
+    assert_same(result, editor(backbone, *settings).edit(good))
 
 
 # ------------------------------------------------------------------------------------------- LoRA
@@ -228,7 +244,7 @@ def test_one_that_fails_takes_nothing_from_the_others(backbone):
     assert isinstance(diverged, EditResult) and "diverged at step" in diverged.stop_reason
 
 
-def test_a_lora_that_diverges_is_the_end_of_its_own_edits(backbone, monkeypatch):
+def test_a_picture_whose_latent_is_not_finite_is_the_end_of_its_own_edits(backbone, monkeypatch):
     encode, broken = backbone.encode, to_tensor(SAMPLES[1].image)
 
     def encoded(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +254,8 @@ def test_a_lora_that_diverges_is_the_end_of_its_own_edits(backbone, monkeypatch)
     monkeypatch.setattr(backbone, "encode", encoded)
     first, bad = editor(backbone).edit_batch([Request(SAMPLES[0]), Request(SAMPLES[1])])
     assert isinstance(first, EditResult) and first.steps > 0
-    assert isinstance(bad, UserError) and "lora.lr" in str(bad)
+    assert isinstance(bad, UserError) and "not finite" in str(bad)
+    assert_same(first, editor(backbone).edit(SAMPLES[0]))
 
 
 def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatch):
@@ -303,6 +320,32 @@ def test_files_and_logs_are_those_of_single_edits(backbone, tmp_path):
                 assert (before[key] == "") == (after[key] == "")
                 if before[key]:
                     assert float(after[key]) == pytest.approx(float(before[key]), rel=1e-2, abs=1e-4), key
+
+
+def test_loggers_of_ones_own_are_told_and_saved(backbone, tmp_path):
+    requests = [Request(s, logger=CSVLogger(tmp_path, name="", version=s.name)) for s in SAMPLES[:2]]
+    editor(backbone).edit_batch(requests)
+    for name in ("one", "two"):
+        rows = read_csv(tmp_path / name / "metrics.csv")
+        assert sum(bool(row["lora/loss"]) for row in rows) == 3 and sum(bool(row["drag/loss"]) for row in rows) > 1
+
+
+@pytest.mark.parametrize("folders", [(None, "a"), ("a", "a")])
+def test_each_edit_of_a_batch_needs_a_folder_of_its_own(backbone, tmp_path, folders):
+    requests = [Request(s, folder=f and tmp_path / f) for s, f in zip(SAMPLES, folders, strict=False)]
+    with pytest.raises(UserError, match="a folder of its own"):
+        editor(backbone).edit_and_save_batch(requests)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_costs_no_edit(backbone, tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("dragdiff.cache.save_file", full)
+    with pytest.warns(UserWarning, match="cannot write the cache"):
+        result = editor(backbone, "cache.enabled=true", f"cache.folder={tmp_path}", "lora.steps=0").edit(SAMPLES[0])
+    assert result.steps > 0
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -492,7 +492,11 @@ def test_one_training_serves_several_numbers_of_steps(edits, tmp_path):
     editor, config, sample, computed = edits
     alone = [editor.reconfigured(config(f"lora.steps={n}", "cache.enabled=false")).finetune(sample) for n in (1, 2, 3)]
     computed.clear()
-    editor.share_loras([sample], [3, 1, 2])
+    rows = []
+    hook = editor.backbone.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    editor.share_loras([sample, replace(sample, points=[[[1, 1], [2, 2]]])], [3, 1, 2])
+    hook.remove()
+    assert rows == [editor.config.lora.batch_size] * 3  # the picture once
     assert computed == ["LoRA"]
     shared = [editor.reconfigured(config(f"lora.steps={n}")).finetune(sample) for n in (1, 2, 3)]
     assert computed == ["LoRA"]

@@ -132,6 +132,6 @@ class Progress(L.Callback):
             running = sum(not drag.stop_reason for drag in drags)
             note = f"{float(torch.stack(left).mean()):.1f} px left"
             note += f", {running} of {len(drags)} under way" if len(drags) > 1 else ""
-        elif "lora/loss" in trainer.callback_metrics:
-            note = f"loss {float(trainer.callback_metrics['lora/loss']):.3f}"
+        elif losses := [value for name, value in trainer.callback_metrics.items() if name.endswith("lora/loss")]:
+            note = f"loss {float(torch.stack(losses).mean()):.3f}"
         self.advance(trainer.global_step, note)

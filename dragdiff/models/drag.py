@@ -80,7 +80,7 @@ class Drag(nn.Module):
         self.initial_handles, self.handles, self.targets = handles.clone(), handles.clone(), targets.clone()
         self.radius, self.stop_distance, self.lr, self.steps = radius, stop_distance, lr, steps
         self.steps_done = 0
-        self.stop_reason = ""
+        self.stop_reason = "" if steps > 0 else "steps"
         self.values: dict[str, Tensor | float] = {}
         self._initial_previous: Tensor | None = None
         self._before: Tensor | None = None

@@ -130,6 +130,11 @@ class Lesson:
     embedding: Tensor
     draw: Draw
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the latent of the picture's first crop is."""
+        return all(bool(torch.isfinite(part).all()) for part in self.posterior([(0, 0)]))
+
 
 class LoRAFinetune(L.LightningModule):
     """Trains LoRA layers that are in a backbone's network, one for each picture of a batch; owns nothing else."""

@@ -82,6 +82,16 @@ class Each(Logger):
             if logger is not None and own:
                 logger.log_metrics({**own, **common}, step)
 
+    def save(self) -> None:
+        for logger in self.loggers:
+            if logger is not None:
+                logger.save()
+
+    def finalize(self, status: str) -> None:
+        for logger in self.loggers:
+            if logger is not None:
+                logger.finalize(status)
+
     def log_hyperparams(self, *_: Any) -> None:
         """Nothing: a run's settings are given to its own logger."""
 

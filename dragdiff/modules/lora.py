@@ -125,7 +125,7 @@ class Rows:
             rank = max(lora.down[path].shape[0] for lora in found if lora is not None)
             down = torch.zeros(len(loras), rank, first.down[path].flatten(1).shape[1])
             up = torch.zeros(len(loras), first.up[path].shape[0], rank)
-            scale[path] = torch.ones(len(loras), 1, 1, device=device)
+            scale[path] = torch.ones(len(loras), 1, 1, dtype=torch.float64)
             for row, lora in enumerate(found):
                 if lora is not None:
                     own = lora.down[path].shape[0]
@@ -143,7 +143,8 @@ class Rows:
     def update(self, path: str, inputs: Tensor) -> Tensor:
         """What is added to a projection's output; inputs (rows, ..., in)."""
         count = len(self.active)
-        down, up, scale = self.weights[f"{path}{DOWN}"], self.weights[f"{path}{UP}"], self.scale[path]
+        down, up = self.weights[f"{path}{DOWN}"], self.weights[f"{path}{UP}"]
+        scale = self.scale[path].to(down)
         if list(self.active) != list(range(len(down))):
             down, up, scale = (part[list(self.active)] for part in (down, up, scale))
         grouped = rearrange(inputs, "(b n) ... c -> n (b ...) c", n=count).to(down.dtype)

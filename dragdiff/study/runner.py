@@ -113,7 +113,7 @@ class _Run:
         self.plan, self.store, self.summary, self.report = plan, store, summary, report
         self.jobs = deque(deque(job) for job in jobs)
         self.places: dict[int, Place] = {}
-        self.busy: dict[Future[Any], tuple[int, list[Task], deque[Task]]] = {}
+        self.busy: dict[Future[Any], tuple[int, list[Task], list[deque[Task]]]] = {}
         self.deaths: Counter[str] = Counter()
         self.most = 1  # edits that a worker gets at once
 
@@ -206,42 +206,49 @@ class _Run:
     def _start(self, number: int) -> None:
         """A worker that gets its first task once it is there: a cluster may have no room for it for a while."""
         self.places[number] = self.open(number)
-        self.busy[self.places[number].submit("ping")] = (number, [], deque())
+        self.busy[self.places[number].submit("ping")] = (number, [], [])
 
     def _next(self, number: int) -> None:
-        """Give a worker the next tasks of a job: as many as can be edited at once, those of other jobs among them."""
+        """Give a worker the next task of a job, and what can be edited with it, also of other jobs.
+
+        Nobody else gets the rest of these jobs meanwhile: it needs what these tasks are about to compute.
+        """
         if not self.jobs:
             return
-        job = self.jobs.popleft()
-        tasks = [job.popleft()]
-        for other in (job, *self.jobs):
-            self._take(tasks, other)
-        self.jobs = deque(job for job in self.jobs if job)
-        self.busy[self.places[number].submit("run", tasks)] = (number, tasks, job)
+        tasks, held, others = [self.jobs[0].popleft()], [self.jobs[0]], deque[deque[Task]]()
+        self._take(tasks, self.jobs.popleft())
+        for job in self.jobs:
+            (held if self._take(tasks, job) else others).append(job)
+        self.jobs = others
+        self.busy[self.places[number].submit("run", tasks)] = (number, tasks, held)
 
-    def _take(self, tasks: list[Task], job: deque[Task]) -> None:
-        """Move those of a job that can be edited with the tasks to them, as far as a worker gets so many."""
+    def _take(self, tasks: list[Task], job: deque[Task]) -> bool:
+        """Move those of a job that can be edited with the tasks to them, as far as a worker gets so many; any?"""
+        before = len(tasks)
         for task in list(job):
             if len(tasks) >= self.most or tasks[0].key in self.deaths:
-                return
+                break
             if task.key not in self.deaths and task.batch_key == tasks[0].batch_key:
                 job.remove(task)
                 tasks.append(task)
+        return len(tasks) > before
 
-    def _settle(self, future: Future[Any], number: int, tasks: list[Task], job: deque[Task]) -> None:
+    def _settle(self, future: Future[Any], number: int, tasks: list[Task], held: list[deque[Task]]) -> None:
         """Note what became of tasks (none: the worker has started) and give the worker others."""
         try:
             outcomes = future.result()
         except WorkerDied:
-            self._replace(number, tasks, job)
+            self._replace(number, tasks, held)
             return
         for task, outcome in zip(tasks, outcomes or [], strict=True):
             self._count(task, outcome)
-        if job:
-            self.jobs.appendleft(job)
+        self.jobs.extendleft(job for job in reversed(held) if job)
         self._next(number)
+        waiting = {number for number, _, _ in self.busy.values()}
+        for idle in [number for number in self.places if number not in waiting]:  # what was held may be for them
+            self._next(idle)
 
-    def _replace(self, number: int, tasks: list[Task], job: deque[Task]) -> None:
+    def _replace(self, number: int, tasks: list[Task], held: list[deque[Task]]) -> None:
         """A new worker for one that died. A task that so many died of counts as failed; each is tried by itself."""
         attempts = self.plan.study.attempts
         causes = [task.key for task in tasks] or [f"start of worker {number}"]
@@ -252,8 +259,7 @@ class _Run:
             record_failure(self.store, tasks[0], reason)
             self._count(tasks[0], Outcome(causes[0], failure=reason))
             tasks = []
-        if left := deque([*tasks, *job]):
-            self.jobs.appendleft(left)
+        self.jobs.extendleft(job for job in reversed([deque(tasks), *held]) if job)
         self.places.pop(number).close()
         if self.jobs and not (hopeless and causes[0].startswith("start")):
             self._start(number)

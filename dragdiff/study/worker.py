@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,18 @@ class Outcome:
     key: str
     scores: dict[str, Values] = field(default_factory=dict)
     failure: str = ""
+
+
+class Failure(NamedTuple):
+    """Why there is no picture; texts, as an exception keeps what was in memory where it was raised."""
+
+    reason: str
+    details: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+        return cls(reason, "".join(traceback.format_exception(error)))
 
 
 class Worker:
@@ -115,17 +127,18 @@ class Worker:
             done |= {task.key: self._scored(task, pictures[task.key]) for task in left}
         return [done[task.key] for task in tasks]
 
-    def _scored(self, task: Task, picture: np.ndarray | Exception) -> Outcome:
-        try:
-            if isinstance(picture, Exception):
-                raise picture
-            scores = self._score(task, picture)
-        except StoreError:
-            raise
-        except Exception as error:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-            record_failure(self.store, task, reason, "".join(traceback.format_exception(error)))
-            return Outcome(task.key, failure=reason)
+    def _scored(self, task: Task, picture: np.ndarray | Failure) -> Outcome:
+        scores: dict[str, Values] = {}
+        if not isinstance(picture, Failure):
+            try:
+                scores = self._score(task, picture)
+            except StoreError:
+                raise
+            except Exception as error:
+                picture = Failure.of(error)
+        if isinstance(picture, Failure):
+            record_failure(self.store, task, picture.reason, picture.details)
+            return Outcome(task.key, failure=picture.reason)
         self.store.remove(f"failures/{task.key}.json")
         return Outcome(task.key, scores)
 
@@ -141,20 +154,18 @@ class Worker:
                     found[subject.name] = values
         return found
 
-    def _pictures(self, tasks: Sequence[Task]) -> dict[str, np.ndarray | Exception]:
+    def _pictures(self, tasks: Sequence[Task]) -> dict[str, np.ndarray | Failure]:
         """Each task's picture (H, W, 3) uint8, from its result or made now, or why there is none; by key."""
-        pictures: dict[str, np.ndarray | Exception] = {}
+        pictures: dict[str, np.ndarray | Failure] = {}
         left = []
         for task in tasks:
             kept = self._kept(task)
-            if kept is None and task.config is None:
-                kept = baseline_picture(task.baseline, task.subject)
-                files = {"edited.png": _png(kept), RESULT: _json({"baseline": task.baseline})}
-                self.store.write_result(task.key, files)
-            if kept is None:
-                left.append(task)
-            else:
+            if kept is not None:
                 pictures[task.key] = kept
+            elif task.config is None:
+                pictures[task.key] = self._baseline(task)
+            else:
+                left.append(task)
         while left:
             at_once, left = left[: self._room], left[self._room :]
             for task, result in zip(at_once, self._edited(at_once), strict=True):
@@ -162,8 +173,17 @@ class Worker:
                     self.store.write_result(task.key, _files(result, task))
                     pictures[task.key] = result.image
                 else:
-                    pictures[task.key] = result
+                    pictures[task.key] = result if isinstance(result, Failure) else Failure(str(result))
         return pictures
+
+    def _baseline(self, task: Task) -> np.ndarray | Failure:
+        try:
+            picture = baseline_picture(task.baseline, task.subject)
+        except Exception as error:
+            return Failure.of(error)
+        files = {"edited.png": _png(picture), RESULT: _json({"baseline": task.baseline})}
+        self.store.write_result(task.key, files)
+        return picture
 
     def _kept(self, task: Task) -> np.ndarray | None:
         picture = self.store.read(f"results/{task.key}/edited.png") if self.store.has_result(task.key) else None
@@ -173,7 +193,7 @@ class Worker:
             self.store.discard(task.key)
             return None
 
-    def _edited(self, tasks: Sequence[Task]) -> Sequence[EditResult | Exception]:
+    def _edited(self, tasks: Sequence[Task]) -> Sequence[EditResult | UserError | Failure]:
         """The edits of one batch; where it fails as a whole, one by one."""
         assert tasks[0].config is not None
         names = sorted({task.subject.name for task in tasks})
@@ -185,11 +205,11 @@ class Worker:
             results = self._attempt(editor, tasks)
             if results is None:  # what is kept for the pictures' other edits may be what is too much
                 results = self._edit(editor.without_memory(), tasks)
-            self._measure(editor, len(tasks), results)
+            self._measure(editor, results)
             return results
         except Exception as error:  # whatever an edit may run into: the study goes on
             if len(tasks) == 1:
-                return [error]
+                return [Failure.of(error)]
         return [result for task in tasks for result in self._edited([task])]
 
     def _attempt(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError] | None:
@@ -204,7 +224,7 @@ class Worker:
             editor.share_loras([task.subject.sample for task in tasks if task.lora_steps == steps], steps)
         return editor.edit_batch([Request(task.subject.sample, task.config) for task in tasks])
 
-    def _measure(self, editor: Editor, count: int, results: Sequence[EditResult | UserError]) -> None:
+    def _measure(self, editor: Editor, results: Sequence[EditResult | UserError]) -> None:
         """Find out how many edits fit into the GPU's memory, from what one of these needed."""
         device = editor.backbone.device
         peaks = [result.peak_memory_mb for result in results if isinstance(result, EditResult)]
@@ -212,7 +232,7 @@ class Worker:
             return
         held = torch.cuda.memory_allocated(device) / 2**20
         free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**20 - held
-        each = max(1.0, (peaks[0] - held) / count)
+        each = max(1.0, (peaks[-1] - held) / editor.ran_together)
         self._room = int(min(MOST, max(1, SHARE * free / each)))
 
     def _configured(self, config: Config) -> Editor:

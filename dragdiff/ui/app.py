@@ -12,6 +12,7 @@ import ipaddress
 import json
 import re
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -193,7 +194,11 @@ class Page:
         if sample is not None:
             Image.fromarray(sample.image).save(folder / "source.png")
         run = Run(kind, config, request, folder, visitor.folder / "cache", sample)
-        self.queue.add(run, most=self.settings.queue, most_each=self.settings.queue_each)
+        try:
+            self.queue.add(run, most=self.settings.queue, most_each=self.settings.queue_each)
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         visitor.runs[run.id] = run
         for old in [run for run in visitor.runs.values() if run.ended][: -self.settings.runs_each]:
             visitor.remove_run(old)

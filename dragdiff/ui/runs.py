@@ -236,8 +236,9 @@ class Queue:
             return
         self._connection, theirs = self._context.Pipe()
         arguments = (theirs, self._cancel, self._finish, self.threads)
-        self._process = self._context.Process(target=work, args=arguments, daemon=True)
-        self._process.start()
+        process = self._context.Process(target=work, args=arguments, daemon=True)
+        process.start()
+        self._process = process
         theirs.close()
 
     def _end_worker(self) -> int | None:

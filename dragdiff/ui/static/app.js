@@ -366,6 +366,8 @@ function select(name) {
     tab.tabIndex = mine ? 0 : -1;
     $(tab.getAttribute("aria-controls")).hidden = !mine;
   }
+  const latest = [...runs.values()].filter((run) => run.status === "done" && run.kind === "edit").at(-1);
+  if (name === "compare" && latest && !$("view").hasChildNodes()) compare(latest);
 }
 
 const choices = (id, names, first) => $(id).replaceChildren(...first, ...names.map((name) => make("option", { value: name, textContent: name })));
