@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from dragdiff import cli
-from dragdiff.config import load_study
+from dragdiff.config import load_config, load_study
 from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import make_scene
@@ -29,7 +29,7 @@ from dragdiff.study import executors, runner
 from dragdiff.study.plan import BASELINES, Plan, determinants, expand
 from dragdiff.study.store import Store, StoreError
 from dragdiff.study.table import measured
-from dragdiff.study.worker import Worker
+from dragdiff.study.worker import Outcome, Worker
 
 SAMPLES = Path(__file__).parent / "data" / "samples"
 
@@ -785,6 +785,34 @@ def test_edit_of_a_dead_worker_is_done_by_another(deaths, failed, file, monkeypa
     assert ("3 workers died over it" in said) == bool(failed)
 
 
+def test_no_two_workers_are_at_the_same_picture(file, tmp_path):
+    """A batch reaches into other pictures' jobs; the rest of these waits until it is done."""
+
+    class Waiting:
+        def submit(self, method, *arguments):
+            return Future()
+
+    plan = plan_of(file(grid={"drag.lr": [0.01, 0.05], "ddim.steps": [4, 5]}))
+    jobs = [[task for task in job if task.config] for job in plan.jobs]
+    run = runner._Run(plan, Store(plan.study.results), jobs, runner.Summary(len(plan.tasks)), lambda *_: None)
+    run.work, run.most = runner.amortised(plan.tasks), 3
+    run.places = {0: Waiting(), 1: Waiting(), 2: Waiting()}
+    given: list[str] = []
+    while run.jobs or run.busy:
+        for number in set(run.places) - {number for number, _, _ in run.busy.values()}:
+            run._next(number)
+        at_work = [{task.subject.name for task in tasks} for _, tasks, _ in run.busy.values()]
+        assert sum(map(len, at_work)) == len(set.union(*at_work))
+        future = next(iter(run.busy))
+        _, tasks, _ = run.busy[future]
+        given += [task.key for task in tasks]
+        assert len(tasks) <= 3 and len({repr(task.batch_key) for task in tasks}) == 1
+        future.set_result([Outcome(task.key) for task in tasks])
+        run.began, run.work_done = time.monotonic(), 0.0
+        run._settle(future, *run.busy.pop(future))
+    assert sorted(given) == sorted(task.key for job in jobs for task in job)
+
+
 def alive(pid: int) -> bool:
     import psutil
 
@@ -933,4 +961,18 @@ def test_every_study_has_both_forms():
         folder: {path.stem for path in SHIPPED if path.parent.name == folder} for folder in ("scenes", "dragbench")
     }
     assert forms["scenes"] == forms["dragbench"]
-    assert len(forms["scenes"]) == 8
+    assert len(forms["scenes"]) == 9
+
+
+@pytest.mark.parametrize("form", ["scenes", "dragbench"])
+def test_the_fast_presets_study_is_of_that_preset(form):
+    """On scenes without its LoRA, which the embedded model has none of, and with its lr in proportion."""
+    path = Path(__file__).parent.parent / "experiments" / form / "fast.yaml"
+    study = load_study(path, ["data.path=scenes"])
+    variant = next(variant for variant in study.variants if variant["name"] == "fast")
+    model = "embedded" if form == "scenes" else "sd15"
+    published, fast = load_config([model]), load_config([model, "fast"])
+    asked = load_config([model, {key: value for key, value in variant.items() if key != "name"}])
+    assert (asked.ddim, asked.drag.steps) == (fast.ddim, fast.drag.steps)
+    assert asked.drag.lr / published.drag.lr == pytest.approx(fast.drag.lr / load_config(["sd15"]).drag.lr)
+    assert asked.lora.steps == (published.lora.steps if form == "scenes" else fast.lora.steps)
