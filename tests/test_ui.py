@@ -83,6 +83,9 @@ def test_what_a_visitor_may_set_is_what_the_dataclasses_say_and_nothing_of_the_m
     assert "lora.path" in {field["key"] for field in Form(UIConfig(loras=["a"])).describe()}
     assert form.values("embedded", "")["drag.lr"] == 0.05 and form.values("sd15", "")["data.max_size"] == 512
     assert set(form.presets) >= {"reference", "debug"} and "sd15" not in form.presets
+    own, fast = (form.config({"model": "embedded", "preset": preset}) for preset in ("", "fast"))
+    assert (fast.drag.lr, fast.lora.steps) == (own.drag.lr, own.lora.steps)  # what was chosen for that model stays
+    assert fast.ddim.steps < own.ddim.steps
 
 
 @pytest.mark.parametrize(
@@ -340,6 +343,9 @@ def new_page(browser, page_address):
         contexts.append(browser.new_context(viewport={"width": width, "height": height}, **kind))
         page = contexts[-1].new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "filechooser", lambda _: None
+        )  # so that choosers are looked for from now on, not from a moment too late
         page.goto(page_address)
         expect(page.locator("#hint")).to_contain_text("Click the part", timeout=30000)
         return page

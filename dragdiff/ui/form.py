@@ -112,9 +112,7 @@ class Form:
         changes = dict(request.get("settings") or {})
         size = self._work_size(str(request.get("model") or ""), str(request.get("preset") or ""))
         changes = {**size, **changes}
-        files = [self._overlay(self.models, str(request["model"]))]
-        if request.get("preset"):
-            files.append(self._overlay(self.presets, str(request["preset"])))
+        files = self._files(str(request["model"]), str(request.get("preset") or ""))
         words = [f"{key}={_as_text(value)}" for key, value in changes.items()]
         line = shlex.join(["python", "edit.py", *(self._named(file) for file in files), f"sample={name}", *words])
         nested: dict[str, Any] = {}
@@ -128,16 +126,19 @@ class Form:
         return {"line": line, "yaml": text if nested else ""}
 
     def _load(self, model: str, preset: str, changes: Mapping[str, Any]) -> Config:
-        files: list[Any] = [self._overlay(self.models, model)]
-        if preset:
-            files.append(self._overlay(self.presets, preset))
+        files = self._files(model, preset)
         # a text of a visitor's is a text, never a reference to the environment
         return load_config([*files, self._work_size(model, preset), as_it_stands(dict(changes))])
 
+    def _files(self, model: str, preset: str) -> list[Path]:
+        """The model's last: what its overlay says was chosen for that model, and presets are for any."""
+        return [*([self._overlay(self.presets, preset)] if preset else []), self._overlay(self.models, model)]
+
     @functools.lru_cache(maxsize=100)  # noqa: B019  one form lives as long as the server
     def _work_size(self, model: str, preset: str) -> dict[str, Any]:
-        files = [self._overlay(self.models, model)] + ([self._overlay(self.presets, preset)] if preset else [])
-        return {} if load_config(files).data.max_size else {"data.max_size": self.settings.max_size}
+        return (
+            {} if load_config(self._files(model, preset)).data.max_size else {"data.max_size": self.settings.max_size}
+        )
 
     @staticmethod
     def _overlay(known: Mapping[str, Path], name: str) -> Path:
