@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -502,10 +503,12 @@ class Editor:
         loggers = [next(e.request.logger for e in edits if e.picture == number) for number in range(len(pictures))]
         adapters: list[lora.LoRA | None] = []
         for number, trained in enumerate((self._resumed if settings.resume else self._finetune)(pictures, loggers)):
-            failed = isinstance(trained, UserError)
-            adapters.append(None if failed else trained)  # type: ignore[arg-type]
-            for edit in [edit for edit in edits if failed and edit.picture == number]:
-                outcomes[edit.number] = trained  # type: ignore[assignment]
+            if not isinstance(trained, UserError):
+                adapters.append(trained)
+                continue
+            adapters.append(None)
+            for edit in [edit for edit in edits if edit.picture == number]:
+                outcomes[edit.number] = trained
                 edits.remove(edit)
         return adapters
 
@@ -752,8 +755,7 @@ class Editor:
         if edit.frames.every:
             callbacks.append(edit.frames)
         if request.watch is not None:
-            to_px = lambda positions: self._way(edit, positions)  # noqa: E731
-            callbacks.append(Spectator(request.watch, edit.trajectory, edit.frames, to_px=to_px))
+            callbacks.append(Spectator(request.watch, edit.trajectory, edit.frames, to_px=partial(self._way, edit)))
         mask = None
         if edit.keep is not None and settings.mask_weight > 0:
             mask = MaskTerm(edit.keep, settings.mask_weight, alpha, alpha_before, prediction_type)

@@ -388,16 +388,22 @@ def folder_of(tmp_path: Path) -> Path:
     return tmp_path / "samples"
 
 
-def test_the_command_edits_a_folder_in_batches(tiny_sd, tmp_path, capsys, monkeypatch):
-    folder = folder_of(tmp_path)
-    batches: list[int] = []
+@pytest.fixture
+def batches(monkeypatch) -> list[int]:
+    """How many edits each batch of the test has had."""
+    sizes: list[int] = []
     edit_batch = Editor.edit_batch
 
     def counted(self: Editor, requests: Any) -> Any:
-        batches.append(len(requests))
+        sizes.append(len(requests))
         return edit_batch(self, requests)
 
     monkeypatch.setattr(Editor, "edit_batch", counted)
+    return sizes
+
+
+def test_the_command_edits_a_folder_in_batches(tiny_sd, tmp_path, capsys, batches):
+    folder = folder_of(tmp_path)
     settings = [f"model.path={tiny_sd}", *QUICK, "lora.steps=1", f"sample={folder}"]
     assert main_edit([*settings, f"output.folder={tmp_path / 'alone'}"]) == 2
     assert batches == [1, 1, 1]
@@ -415,7 +421,7 @@ def test_the_command_edits_a_folder_in_batches(tiny_sd, tmp_path, capsys, monkey
 # ------------------------------------------------------------------------------------------- studies
 
 
-def test_a_study_runs_its_edits_in_batches(tiny_sd, tmp_path, monkeypatch):
+def test_a_study_runs_its_edits_in_batches(tiny_sd, tmp_path, batches):
     """Of several pictures, and several variants whose difference is in the loss; scores are those of one by one."""
     study = tmp_path / "study.yaml"
     study.write_text(
@@ -434,14 +440,6 @@ def test_a_study_runs_its_edits_in_batches(tiny_sd, tmp_path, monkeypatch):
             }
         )
     )
-    batches: list[int] = []
-    edit_batch = Editor.edit_batch
-
-    def counted(self: Editor, requests: Any) -> Any:
-        batches.append(len(requests))
-        return edit_batch(self, requests)
-
-    monkeypatch.setattr(Editor, "edit_batch", counted)
     found = {}
     for batch in (0, 3, 4):
         results = tmp_path / f"results-{batch}"

@@ -695,6 +695,11 @@ def test_the_first_drag_is_two_clicks_and_a_button_and_others_wait(new_page):
 
     expect(page.locator("#state")).to_contain_text(re.compile("^drag: step"), timeout=120000)
     expect(page.locator("#live")).to_be_visible(timeout=30000)
+    shown, ends = set(), time.monotonic() + 60  # pictures of the latent, with the handle on its way
+    while len(shown) < 3 and time.monotonic() < ends:
+        shown.add(page.evaluate("() => document.querySelector('#live').toDataURL()"))
+        page.wait_for_timeout(100)
+    assert len(shown) == 3
     page.reload()  # the run goes on, and the page finds it again
     expect(page.locator("#state")).to_contain_text(re.compile("^(drag|denoise): step|^Done"), timeout=30000)
     expect(page.locator("#state")).to_contain_text("all handles arrived", timeout=120000)

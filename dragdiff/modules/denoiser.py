@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ class Denoiser:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """As `__call__`, with the features of some blocks, (B, C_i, h_i, w_i) each; see `forward_with_features`."""
         modules = [self.backbone.feature_block(name) for name in blocks]
-        forward: Callable[[], Tensor] = lambda: self._rows(latents, t, pictures)  # noqa: E731
-        output, maps = forward_with_features(forward, modules, need_output=need_output)
+        output, maps = forward_with_features(lambda: self._rows(latents, t, pictures), modules, need_output=need_output)
         if self.guidance == 1:
             return output, maps
         return (

@@ -19,7 +19,7 @@ from dragdiff.editor import OneModel, enough_memory
 from dragdiff.errors import UserError
 from dragdiff.models.drag import Drag
 from dragdiff.modules import motion, tracking
-from dragdiff.modules.backbone import Backbone, feature_strides
+from dragdiff.modules.backbone import Backbone
 from dragdiff.modules.features import FeatureMap
 from dragdiff.ui.worker import Cancelled, Task, too_long
 
@@ -39,7 +39,7 @@ def choices(backbone: Backbone) -> dict[str, list[str]]:
     """What may be chosen for settings that name something of the model or of the algorithm's parts, by key."""
     layers = backbone.self_attention_layers
     return {
-        "drag.features": list(feature_strides(backbone.network)),
+        "drag.features": list(backbone.feature_strides),
         "drag.supervision": sorted(motion.SUPERVISIONS),
         "drag.tracker": sorted(tracking.TRACKERS),
         "control.start_layer": list(dict.fromkeys(name.partition(".attentions")[0] for name in layers)),
