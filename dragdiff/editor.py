@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from dragdiff.modules import attention, ddim, lora, motion, points, tracking
 from dragdiff.modules.backbone import Backbone, feature_block, freeu, self_attention_layers
 from dragdiff.modules.denoiser import Denoiser
 from dragdiff.modules.features import FeatureMap
+from dragdiff.modules.host_memory import freed_at_once
 from dragdiff.modules.images import to_tensor, to_uint8
 from dragdiff.modules.loading import load_backbone, resolve_autocast, skeleton
 
@@ -257,15 +258,16 @@ class Editor:
                 embeddings = self._embeddings([picture.prompt for picture in pictures])
                 denoiser = Denoiser(self.backbone, embeddings, guidance=self._guidance, adapters=beside)
                 inputs = self._inputs_of_each(adapters, beside)
-                if path:
-                    rows = [prompts.index(picture.prompt) for picture in pictures]  # a refused edit has no picture
-                    sources = path[len(path) - 1 - self.drag_steps_of_schedule][rows]
-                    _keep_rows(scheduler, rows)
-                else:
-                    sources = self._invert(pictures, denoiser, inputs)
-                edits = self._finite(edits, sources, outcomes)
-                self._drag(edits, sources, denoiser)
-                images = self._denoise(edits, sources, denoiser, scheduler, inputs)
+                with self.backbone.parts_resting():
+                    if path:
+                        rows = [prompts.index(picture.prompt) for picture in pictures]  # a refused edit has no picture
+                        sources = path[len(path) - 1 - self.drag_steps_of_schedule][rows]
+                        _keep_rows(scheduler, rows)
+                    else:
+                        sources = self._invert(pictures, denoiser, inputs)
+                    edits = self._finite(edits, sources, outcomes)
+                    self._drag(edits, sources, denoiser)
+                    images = self._denoise(edits, sources, denoiser, scheduler, inputs)
             self.ran_together = len(edits)
             for edit, image in zip(edits, images, strict=True):
                 outcomes[edit.number] = self._result(edit, image, len(edits))
@@ -1045,13 +1047,21 @@ class Editor:
         try:
             for root in self.backbone.modules:
                 root.requires_grad_(False).eval()
-            with self.backbone.saving_memory() if self.config.model.memory == "low" else nullcontext():
+            with self._saving_memory():
                 yield
         finally:
             for module, mode in zip(modules, training, strict=True):
                 module.training = mode
             for parameter, want in zip(parameters, wanted, strict=True):
                 parameter.requires_grad_(want)
+
+    @contextmanager
+    def _saving_memory(self) -> Iterator[None]:
+        if self.config.model.memory == "low":
+            with self.backbone.saving_memory(), freed_at_once():
+                yield
+        else:
+            yield
 
     @contextmanager
     def _freeu(self) -> Iterator[None]:

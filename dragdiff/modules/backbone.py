@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError
+from dragdiff.modules.host_memory import resting
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NOISE_SCHEDULE = (
@@ -73,6 +74,10 @@ class Backbone(ABC):
     def saving_memory(self) -> AbstractContextManager[None]:
         """While it lasts, gradients of the network need less memory and more time; their values are the same."""
 
+    @abstractmethod
+    def parts_resting(self) -> AbstractContextManager[None]:
+        """While it lasts, what is beside the network takes host memory only while it is used; no weight may change."""
+
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the latent of an image of this size."""
         return height // self.latent_stride, width // self.latent_stride
@@ -86,6 +91,7 @@ class StableDiffusion(Backbone):
     """
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    _let_go: Callable[[], None] = staticmethod(lambda: None)  # called after each use of a part beside the network
 
     def __init__(self, pipeline: Any, *, name: str = "", prediction: str = "auto") -> None:
         """
@@ -126,13 +132,16 @@ class StableDiffusion(Backbone):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.pipeline.vae
         posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+        self._let_go()
         scale = vae.config.scaling_factor
         return posterior.mean.float() * scale, posterior.std.float() * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         # the published code multiplies by 1 / scale; dividing differs in the last bit
-        return vae.decode((1 / vae.config.scaling_factor * latents).to(vae.device, vae.dtype)).sample.float()
+        images = vae.decode((1 / vae.config.scaling_factor * latents).to(vae.device, vae.dtype)).sample.float()
+        self._let_go()
+        return images
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         tokenizer = self.pipeline.tokenizer
@@ -149,7 +158,9 @@ class StableDiffusion(Backbone):
         ).input_ids
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        return self.pipeline.text_encoder(self.tokenize(prompts).to(self.device))[0]
+        embeddings = self.pipeline.text_encoder(self.tokenize(prompts).to(self.device))[0]
+        self._let_go()
+        return embeddings
 
     def predict(self, latents: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
         dtype = self.network.dtype
@@ -162,6 +173,14 @@ class StableDiffusion(Backbone):
 
     def saving_memory(self) -> AbstractContextManager[None]:
         return gradient_checkpointing(self.network)
+
+    @contextmanager
+    def parts_resting(self) -> Iterator[None]:
+        with resting(self.pipeline.vae, self.pipeline.text_encoder) as self._let_go:
+            try:
+                yield
+            finally:
+                del self._let_go
 
     def scheduler(self, steps: int, kind: str = "ddim") -> Any:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
+from dragdiff.modules.host_memory import Resting
 
 ADAPTER = "dragdiff"
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -322,19 +323,26 @@ def merged(network: nn.Module, lora: LoRA | None) -> Iterator[None]:
     if lora is None:
         yield
         return
-    originals: list[tuple[nn.Parameter, Tensor]] = []
+    updates: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
+    for path, down in lora.down.items():
+        weight = _projection(network, path).weight
+        down, up = (part.flatten(1) for part in (down, lora.up[path]))
+        _check_fit(path, (len(up), down.shape[1]), weight)
+        updates[path] = weight, down, up
+    originals = [weight.data for weight, _, _ in updates.values()]
+    rest: Resting | None = None
     try:
-        for path, down in lora.down.items():
-            weight = _projection(network, path).weight
-            down, up = (part.to(weight.device).float().flatten(1) for part in (down, lora.up[path]))
-            _check_fit(path, (len(up), down.shape[1]), weight)
-            originals.append((weight, weight.data))
+        for path, (weight, down, up) in updates.items():
+            down, up = (part.to(weight.device).float() for part in (down, up))
             update = (lora.scale[path] * up @ down).view(weight.shape)
             weight.data = (weight.data.float() + update).to(weight.dtype)
+        rest = Resting(originals)
         yield
     finally:
-        for weight, data in originals:
-            weight.data = data
+        for (weight, _, _), original in zip(updates.values(), originals, strict=True):
+            weight.data = original
+        if rest is not None:
+            rest.wake()
 
 
 def _projection(network: nn.Module, path: str) -> Any:

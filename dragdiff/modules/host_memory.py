@@ -1,0 +1,123 @@
+"""Host memory: tensors that rest in a file while nobody needs them, and an allocator that gives back what is freed."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+LARGE = 2**16  # bytes; smaller tensors stay where they are
+ALIGNMENT = 64  # bytes, of a tensor's start in the file
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
+OWN_MAPPING = 2**20  # bytes from which an allocation goes back to the system when it is freed
+LARGEST_HEAP = 2**25  # bytes; where glibc's own rule for that ends
+
+
+class Resting:
+    """Tensors whose bytes lie in an unlinked temporary file until `wake`, and take no memory meanwhile.
+
+    Only large contiguous ones in the host's memory, on Linux, with room on the disk; others are left alone.
+
+    Attributes:
+        copies: what can be read meanwhile, one for each tensor: mapped from the file, in memory from when they are
+            touched until `let_go`. Not to be written to.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """
+        Args:
+            tensors: not to be touched until `wake`: they hold zeros. None shares its memory with a tensor in use.
+        """
+        self.copies = list(tensors)
+        self._originals: dict[int, Tensor] = {}
+        self._map: mmap.mmap | None = None
+        large = {
+            number: tensor.detach()
+            for number, tensor in enumerate(tensors)
+            if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes >= LARGE
+        }
+        if not large or sys.platform != "linux":
+            return
+        starts = {}
+        try:
+            with tempfile.TemporaryFile(prefix="dragdiff-") as file:
+                for number, tensor in large.items():
+                    starts[number] = file.tell()
+                    file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                    file.write(bytes(-file.tell() % ALIGNMENT))
+                file.flush()
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError:  # no room
+            return
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        for number, tensor in large.items():
+            part = whole[starts[number] : starts[number] + tensor.nbytes]
+            self.copies[number] = part.view(tensor.dtype).view(tensor.shape)
+            _drop_pages(tensor)
+        self._originals = large
+
+    def let_go(self) -> None:
+        """Give back the memory of copies that were touched; touched again they are read again."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def wake(self) -> None:
+        """Give the tensors their bytes again, at the addresses where they were."""
+        for number, tensor in self._originals.items():
+            tensor.copy_(self.copies[number])
+            self.let_go()
+        self._originals = {}
+
+
+def _drop_pages(tensor: Tensor) -> None:
+    """Give the whole pages of a tensor's memory back to the system; they read as zeros from then on."""
+    libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - first
+    libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(0, length)), mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def resting(*modules: nn.Module) -> Iterator[Callable[[], None]]:
+    """While it lasts, the weights of some modules take memory only from when they are used until they are let go.
+
+    Yields:
+        The function that lets them go, to be called after each use.
+    """
+    parameters = list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+    originals = [parameter.data for parameter in parameters]
+    rest = Resting(originals)
+    try:
+        for parameter, copy in zip(parameters, rest.copies, strict=True):
+            parameter.data = copy
+        yield rest.let_go
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
+        rest.wake()
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """While it lasts, what is freed goes back to the system: no room stays with the allocator for what comes next.
+
+    With glibc only. Left, the allocator keeps blocks of up to 32 MiB, as it soon does by itself in a process that uses
+    large ones.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt") or libc is None:
+        yield
+        return
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_HEAP)

@@ -1,0 +1,133 @@
+"""Weights that rest in a file, and an allocator that gives back what is freed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from dragdiff import Editor, EditSample
+from dragdiff.config import load_config
+from dragdiff.modules import host_memory
+from dragdiff.modules.host_memory import Resting, resting
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="weights rest on Linux only")
+
+
+def resident() -> float:
+    """MB of this process."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
+@linux
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_copies_have_the_bits_and_the_tensors_get_them_back_where_they_were(dtype):
+    tensors = [
+        torch.randn(300, 301).to(dtype),
+        torch.randn(3).to(dtype),  # too small to rest
+        torch.randn(400, 200).to(dtype).t(),  # not contiguous
+        torch.randn(257, 1031).to(dtype),
+    ]
+    kept, places = [tensor.clone() for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
+    rest = Resting(tensors)
+    assert [copy is tensor for copy, tensor in zip(rest.copies, tensors, strict=True)] == [False, True, True, False]
+    for _ in range(2):
+        assert all(torch.equal(copy, before) for copy, before in zip(rest.copies, kept, strict=True))
+        rest.let_go()
+    assert (tensors[0] == 0).sum() > 0.9 * tensors[0].numel()  # they rest indeed
+    rest.wake()
+    assert all(torch.equal(tensor, before) for tensor, before in zip(tensors, kept, strict=True))
+    assert [tensor.data_ptr() for tensor in tensors] == places
+
+
+@linux
+def test_a_resting_module_takes_memory_only_while_it_is_used():
+    module = nn.Linear(4096, 4096, bias=False)  # 67 MB
+    inputs = torch.randn(2, 4096)
+    with torch.no_grad():
+        expected, whole = module(inputs), resident()
+        with resting(module) as let_go:
+            assert resident() < whole - 60
+            assert torch.equal(module(inputs), expected)
+            assert resident() > whole - 30
+            let_go()
+            assert resident() < whole - 60
+        assert torch.equal(module(inputs), expected)
+
+
+@linux
+def test_it_wakes_after_an_error_too():
+    module = nn.Linear(256, 256)
+    before = module.weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), resting(module):
+        raise ZeroDivisionError
+    assert torch.equal(module.weight, before)
+
+
+def test_without_room_on_the_disk_nothing_rests(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    tensor = torch.randn(300, 300)
+    before, rest = tensor.clone(), Resting([tensor])
+    assert rest.copies[0] is tensor
+    rest.let_go()
+    rest.wake()
+    assert torch.equal(tensor, before)
+
+
+@linux
+def test_the_file_has_no_name_and_goes_with_the_copies(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    rest = Resting([torch.randn(300, 300)])
+    assert list(tmp_path.iterdir()) == []
+    del rest
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@linux
+def test_parts_that_rest_give_the_same_edit(backbone, monkeypatch):
+    """With a limit that lets this small model's weights rest, with a LoRA in its weights, previews and a mask."""
+    sample = EditSample(torch.zeros(64, 64, 3).byte().numpy() + 90, "a cat", [[[16, 16], [48, 48]]])
+    config = load_config(["debug"], ["lora.steps=1", "lora.resolution=64", "cache.enabled=false"])
+    monkeypatch.setattr(host_memory, "LARGE", 2**40)
+    awake = Editor(config, backbone).edit(sample)
+    monkeypatch.setattr(host_memory, "LARGE", 1)
+    rested: list[int] = []
+    monkeypatch.setattr(host_memory, "_drop_pages", lambda tensor: (rested.append(1), tensor.zero_()))
+    asleep = Editor(config, backbone).edit(sample)
+    assert len(rested) > 100
+    assert (asleep.image == awake.image).all()
+    for (_, frame, _), (_, other, _) in zip(asleep.frames, awake.frames, strict=True):
+        assert (frame == other).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not os.path.exists("/proc/self/smaps"), reason="glibc's allocator")
+def test_freed_memory_goes_back_at_once():
+    """In a process of its own, whose allocator nobody has set."""
+    code = """
+import psutil, torch
+from dragdiff.modules.host_memory import freed_at_once
+resident = lambda: psutil.Process().memory_info().rss / 1e6
+def left():
+    big = [torch.ones(20_000_000 // 4) for _ in range(2)]
+    del big  # 32 MiB is where the allocator's own rule ends: blocks of this size stay with it from now on
+    blocks = [torch.ones(4_000_000 // 4) for _ in range(50)]
+    last = torch.ones(10)
+    before = resident()
+    del blocks[:-1]
+    return before - resident()
+usual = left()
+with freed_at_once():
+    saving = left()
+print(usual, saving)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    usual, saving = map(float, out.split())
+    assert saving > 190 > usual
