@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -16,7 +17,8 @@ TRACES = Path(__file__).parent / "data" / "traces"
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Small tensors gain nothing from more, and threads that wait for each other cost a lot on a busy machine."""
+    """Here and in the programs that tests start: several tests run at once, and small tensors gain nothing from more."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
