@@ -77,7 +77,8 @@ class Drag(nn.Module):
         super().__init__()
         self.supervision, self.mask, self.callbacks = supervision, mask, callbacks
         self.latent = nn.Parameter(latent.detach().clone())
-        self.initial_handles, self.handles, self.targets = handles.clone(), handles.clone(), targets.clone()
+        self.initial_handles, self.targets = handles.to(latent.device), targets.to(latent.device)
+        self.handles = self.initial_handles.clone()
         self.radius, self.stop_distance, self.lr, self.steps = radius, stop_distance, lr, steps
         self.steps_done = 0
         self.stop_reason = "" if steps > 0 else "steps"
