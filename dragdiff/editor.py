@@ -28,7 +28,7 @@ from dragdiff.config import Config, DragConfig, ModelConfig, check, load_config,
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
 from dragdiff.loggers import log_result, open_logger
-from dragdiff.models.drag import Drag, LatentDrag, MaskTerm
+from dragdiff.models.drag import LOOK_EVERY, Drag, LatentDrag, MaskTerm
 from dragdiff.models.lora import Lesson, LoRAFinetune, check_resume, crops, seeded_noise
 from dragdiff.models.trainer import Each, Recording, fit
 from dragdiff.modules import attention, ddim, lora, motion, points, tracking
@@ -692,8 +692,8 @@ class Editor:
             return
         scheduler = self._scheduler()
         index = len(scheduler.timesteps) - self.drag_steps_of_schedule
-        t = scheduler.timesteps[index]
-        alphas = scheduler.alphas_cumprod[int(t)], ddim.alpha_before(scheduler, index)
+        alphas = scheduler.alphas_cumprod[int(scheduler.timesteps[index])], ddim.alpha_before(scheduler, index)
+        t = scheduler.timesteps[index].to(self.backbone.device)  # once, not in each forward
         grids = [self._grid(edit.working, edit.config.drag) for edit in edits]
 
         def probe(
@@ -716,7 +716,8 @@ class Editor:
         drags = [edit.drag for edit in edits if edit.drag is not None]
         with self._stage("drag", max(drag.steps for drag in drags)) as advance:
             scales = [edit.sample.height / grid[0] for edit, grid in zip(edits, grids, strict=True)]
-            module = LatentDrag(probe, drags)
+            # a CPU never waits for itself, and a step after the end costs it as much as any other
+            module = LatentDrag(probe, drags, look_every=1 if self.backbone.device.type == "cpu" else LOOK_EVERY)
             fit(
                 module,
                 steps=max(drag.steps for drag in drags),
@@ -923,7 +924,7 @@ class Editor:
     def _way(self, edit: _Edit, positions: Sequence[Tensor]) -> np.ndarray:
         """Handles on the working size's grid, one (N, 2) for each step, as (K, N, 2), (x, y) in px of the sample."""
         to_px = {"image_size": edit.sample.image.shape[:2], "grid": self._grid(edit.working, edit.config.drag)}
-        way = np.stack([points.to_image(position, **to_px).numpy() for position in positions])
+        way = points.to_image(torch.stack(list(positions)), **to_px).numpy()
         way[0] = edit.sample.handles  # where the person clicked, not its rounding to the grid
         return way
 

@@ -80,11 +80,9 @@ def test_a_handle_stays_where_features_are_not_numbers():
     assert torch.equal(tracking.nearest(broken, templates=torch.ones(1, 4), handles=handles, radius=3), handles)
 
 
-@pytest.mark.parametrize(
-    ("centre", "radius", "size", "expected"), [(0, 3, 10, (0, 4)), (9, 3, 10, (6, 10)), (5, 1, 10, (4, 7))]
-)
-def test_window_range(centre, radius, size, expected):
-    assert tracking.window_range(float(centre), radius, size) == expected
+def test_around():
+    assert tracking.around(torch.tensor(5.0), 1).tolist() == [4, 5, 6]
+    assert tracking.around(torch.tensor(0.0), 2).tolist() == [-2, -1, 0, 1, 2]
 
 
 # --- motion supervision -------------------------------------------------------------------------------------

@@ -18,6 +18,14 @@ class DragCallback(L.Callback):
     Only `PointTracking` acts on what it sees; the others observe, so that removing one never changes the picture.
     """
 
+    def reads(self, drag: Drag) -> bool:
+        """Whether the host must know the drag's state at its next step: a GPU then waits for it.
+
+        False for a callback that keeps tensors where they are. It may then see some steps after a drag's end, before
+        the host knows of that: those from `drag.seen` on are to be forgotten.
+        """
+        return True
+
     def on_latent(self, trainer: L.Trainer, drag: Drag) -> None:
         """Called before the forward of each step, when nothing is kept for a backward yet."""
 

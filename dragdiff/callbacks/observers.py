@@ -27,19 +27,25 @@ Watch = Callable[[int, np.ndarray, np.ndarray | None], None]
 
 
 class Trajectory(DragCallback):
-    """Records and logs where each handle is at each step.
-
-    Attributes:
-        positions: one (N, 2) tensor for each step, (row, col) in grid px, after tracking.
-    """
+    """Records and logs where each handle is at each step."""
 
     def __init__(self) -> None:
-        self.positions: list[Tensor] = []
+        self._drag: Drag | None = None
+        self._positions: list[Tensor] = []
+
+    @property
+    def positions(self) -> list[Tensor]:
+        """One (N, 2) tensor for each step, (row, col) in grid px, after tracking."""
+        return self._positions[: self._drag.seen] if self._drag else []
+
+    def reads(self, drag: Drag) -> bool:
+        return False
 
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
-        self.positions.append(drag.handles.clone())
+        self._drag = drag
+        self._positions.append(drag.handles.clone())
         left = distances(drag.handles, drag.targets)
-        for i, value in enumerate(left.tolist()):
+        for i, value in enumerate(left.unbind()):
             drag.log(f"drag/distance_{i}", value)
         drag.log("drag/distance", left.mean())
 
@@ -70,10 +76,13 @@ class Frames(DragCallback):
         self.frames: list[tuple[int, np.ndarray, Tensor]] = []
         self._picture: np.ndarray | None = None
 
+    def reads(self, drag: Drag) -> bool:
+        return drag.steps_done % self.every == 0
+
     @torch.no_grad()
     def on_latent(self, trainer: L.Trainer, drag: Drag) -> None:
         # here, and not where the features are: then all that the backward needs would be in memory, too
-        if drag.steps_done % self.every == 0:
+        if self.reads(drag):
             self._picture = self.preview(drag.latent.detach())
 
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
@@ -116,7 +125,9 @@ class Spectator(DragCallback):
 
 
 class Progress(L.Callback):
-    """Reports each finished step of a Trainer to a progress bar, with the distance left in image px."""
+    """Reports the finished steps of a Trainer to a progress bar, with the distance left in image px; of drags only when
+    the host looks.
+    """
 
     def __init__(self, advance: Callable[[int, str], None], *, px_per_grid: Sequence[float] = ()) -> None:
         """
@@ -126,12 +137,15 @@ class Progress(L.Callback):
         self.advance, self.px_per_grid = advance, px_per_grid
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
-        note = ""
+        done, note = trainer.global_step, ""
         if drags := getattr(module, "drags", None):
+            if not module.looking:
+                return
+            done = max(drag.steps_done for drag in drags)
             left = [distances(d.handles, d.targets).mean() * px for d, px in zip(drags, self.px_per_grid, strict=True)]
             running = sum(not drag.stop_reason for drag in drags)
             note = f"{float(torch.stack(left).mean()):.1f} px left"
             note += f", {running} of {len(drags)} under way" if len(drags) > 1 else ""
         elif losses := [value for name, value in trainer.callback_metrics.items() if name.endswith("lora/loss")]:
             note = f"loss {float(torch.stack(losses).mean()):.3f}"
-        self.advance(trainer.global_step, note)
+        self.advance(done, note)

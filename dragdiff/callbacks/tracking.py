@@ -22,10 +22,13 @@ class PointTracking(DragCallback):
     def __init__(self, tracker: Tracker, *, radius: int) -> None:
         self.tracker, self.radius = tracker, radius
 
+    def reads(self, drag: Drag) -> bool:
+        return False
+
     @torch.no_grad()
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
         if drag.steps_done > 0:
-            drag.handles = self.tracker(features, templates=drag.templates, handles=drag.handles, radius=self.radius)
+            moved = self.tracker(features, templates=drag.templates, handles=drag.handles, radius=self.radius)
+            drag.handles = torch.where(drag.ended, drag.handles, moved)
         left = distances(drag.handles, drag.targets)
-        if bool(((left < drag.stop_distance) | (left == 0)).all()):
-            drag.stop("reached")
+        drag.stop("reached", when=((left < drag.stop_distance) | (left == 0)).all())

@@ -57,7 +57,9 @@ class Denoiser:
         chosen = everyone if pictures is None else list(pictures)
         if self.adapters is not None:
             self.adapters.active = chosen
-        embeddings = self.embeddings if chosen == everyone else self.embeddings[:, chosen]
+        embeddings = self.embeddings
+        if chosen != everyone:  # a list as index would have to be copied to the device first, which waits for that
+            embeddings = torch.stack([embeddings[:, picture] for picture in chosen], dim=1)
         return self.backbone.predict(torch.cat([latents] * len(embeddings)), t, embeddings.flatten(0, 1))
 
 

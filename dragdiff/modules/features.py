@@ -81,8 +81,11 @@ class FeatureMap:
     grid: Size
 
     def window(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Values at every combination of whole grid rows (n,) and cols (m,), (C, n, m) float32."""
-        rows, cols = (positions.to(self.maps[0].device) for positions in (rows, cols))
+        """Values at every combination of whole grid rows (n,) and cols (m,), (C, n, m) float32; borders replicated."""
+        rows, cols = (
+            positions.to(self.maps[0].device).clamp(0, size - 1)
+            for positions, size in zip((rows, cols), self.grid, strict=True)
+        )
         return torch.cat([_read(features[0], rows, cols, self.grid) for features in self.maps])
 
     def at(self, positions: Tensor) -> Tensor:

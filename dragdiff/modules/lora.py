@@ -113,7 +113,19 @@ class Rows:
 
     def __init__(self, weights: Mapping[str, Tensor], scale: Mapping[str, Tensor]) -> None:
         self.weights, self.scale = weights, scale
-        self.active: Sequence[int] = range(len(next(iter(weights.values()), ())))
+        # where the weights are: brought there in each forward, they would have a GPU wait
+        self._factors = {path: factor.to(weights[f"{path}{DOWN}"]) for path, factor in scale.items()}
+        self._active, self._index = list(range(len(next(iter(weights.values()), ())))), torch.empty(0)
+
+    @property
+    def active(self) -> list[int]:
+        return self._active
+
+    @active.setter
+    def active(self, pictures: Sequence[int]) -> None:
+        if list(pictures) != self._active:
+            self._active = list(pictures)
+            self._index = torch.tensor(self._active, device=next(iter(self.weights.values())).device)
 
     @classmethod
     def of(cls, loras: Sequence[LoRA | None], device: torch.device | None = None) -> Rows:
@@ -145,9 +157,9 @@ class Rows:
         """What is added to a projection's output; inputs (rows, ..., in)."""
         count = len(self.active)
         down, up = self.weights[f"{path}{DOWN}"], self.weights[f"{path}{UP}"]
-        scale = self.scale[path].to(down)
-        if list(self.active) != list(range(len(down))):
-            down, up, scale = (part[list(self.active)] for part in (down, up, scale))
+        scale = self._factors[path]
+        if self.active != list(range(len(down))):
+            down, up, scale = (part[self._index] for part in (down, up, scale))
         grouped = rearrange(inputs, "(b n) ... c -> n (b ...) c", n=count).to(down.dtype)
         update = (grouped @ down.mT @ up.mT) * scale
         return update.unflatten(1, (len(inputs) // count, -1)).transpose(0, 1).reshape(*inputs.shape[:-1], -1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dragdiff.modules.features import FeatureMap
-from dragdiff.modules.tracking import window_range
+from dragdiff.modules.tracking import around
 
 Supervision = Callable[..., Tensor]
 
@@ -22,20 +22,19 @@ def shifted_patch(features: FeatureMap, rows: Tensor, cols: Tensor, shift: Tenso
     """The patch at rows + shift[0], cols + shift[1], bilinear between grid positions, borders replicated.
 
     Args:
-        rows: (n,) whole positions.
-        cols: (m,) whole positions.
+        rows: (n,) whole positions, one after the other.
+        cols: (m,) likewise.
         shift: (2,), (row, col) in grid px.
 
     Returns:
         (C, n, m).
     """
     whole = shift.floor()
-    down, across = (shift - whole).tolist()
-    first_row, first_col = (int(value) for value in whole)
-    last = features.grid[0] - 1, features.grid[1] - 1
+    down, across = (shift - whole).unbind()
+    first_row, first_col = whole.long().unbind()
     window = features.window(
-        (torch.arange(len(rows) + 1) + rows[0] + first_row).clamp(0, last[0]),
-        (torch.arange(len(cols) + 1) + cols[0] + first_col).clamp(0, last[1]),
+        torch.arange(len(rows) + 1, device=rows.device) + rows[0] + first_row,
+        torch.arange(len(cols) + 1, device=cols.device) + cols[0] + first_col,
     )
     upper = (1 - across) * window[:, :-1, :-1] + across * window[:, :-1, 1:]
     lower = (1 - across) * window[:, 1:, :-1] + across * window[:, 1:, 1:]
@@ -56,17 +55,22 @@ def one_step(features: FeatureMap, *, handles: Tensor, targets: Tensor, radius: 
         Scalar: over the handles, (2 r1 + 1)^2 times the mean absolute difference between the detached patch and the
         patch one step on; the mean is over channels and the patch as clipped by the border.
     """
-    loss = torch.zeros((), device=features.maps[0].device)
-    for handle, target, distance in zip(handles, targets, distances(handles, targets).tolist(), strict=True):
-        if distance < stop_distance or distance == 0:
-            continue
-        row, col = handle.tolist()
-        rows = torch.arange(*window_range(row, radius, features.grid[0]))
-        cols = torch.arange(*window_range(col, radius, features.grid[1]))
+    left = distances(handles, targets)
+    arrived = (left < stop_distance) | (left == 0)
+    directions = (targets - handles) / left.masked_fill(left == 0, 1)[:, None]
+    loss = torch.zeros((), device=handles.device)
+    for handle, direction, leave in zip(handles, directions, arrived, strict=True):
+        rows, cols = around(handle[0], radius), around(handle[1], radius)
         here = features.window(rows, cols).detach()
-        ahead = shifted_patch(features, rows, cols, (target - handle) / distance)
-        loss = loss + (2 * radius + 1) ** 2 * (ahead - here).abs().mean()
+        ahead = shifted_patch(features, rows, cols, direction)
+        inside = _inside(rows, features.grid[0])[:, None] & _inside(cols, features.grid[1])
+        difference = (ahead - here).abs().masked_fill(~inside | leave, 0)
+        loss = loss + (2 * radius + 1) ** 2 * (difference.sum() / (len(difference) * inside.sum()))
     return loss
+
+
+def _inside(positions: Tensor, size: int) -> Tensor:
+    return (positions >= 0) & (positions < size)
 
 
 def mask_term(previous: Tensor, initial: Tensor, *, keep: Tensor) -> Tensor:

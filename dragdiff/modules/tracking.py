@@ -12,9 +12,9 @@ from dragdiff.modules.features import FeatureMap
 Tracker = Callable[..., Tensor]
 
 
-def window_range(centre: float, radius: int, size: int) -> tuple[int, int]:
-    """First and one past the last whole position within `radius` of `centre`, clipped to 0 .. size - 1."""
-    return max(0, int(centre) - radius), min(size, int(centre) + radius + 1)
+def around(centre: Tensor, radius: int) -> Tensor:
+    """The (2 radius + 1,) whole positions within `radius` of a scalar one along an axis, also those off the grid."""
+    return centre.long() + torch.arange(-radius, radius + 1, device=centre.device)
 
 
 def nearest(features: FeatureMap, *, templates: Tensor, handles: Tensor, radius: int) -> Tensor:
@@ -23,23 +23,25 @@ def nearest(features: FeatureMap, *, templates: Tensor, handles: Tensor, radius:
     Args:
         features: of the current latent.
         templates: (N, C), the initial features at the initial handles.
-        handles: (N, 2), (row, col) in grid px.
+        handles: (N, 2), (row, col) in grid px, on the features' device.
         radius: r2, half side of the search window in grid px.
 
     Returns:
         (N, 2) float32: the whole position in each handle's window whose feature has the smallest L1 distance to the
-        template; the first in row-major order where several do.
+        template; the first in row-major order where several do. A handle stays where features are not numbers.
     """
+    height, width = features.grid
     moved = []
-    for template, (row, col) in zip(templates, handles.tolist(), strict=True):
-        top, bottom = window_range(row, radius, features.grid[0])
-        left, right = window_range(col, radius, features.grid[1])
-        window = features.window(torch.arange(top, bottom), torch.arange(left, right))
-        distance = (window - template[:, None, None]).abs().sum(dim=0)
-        # argmin leaves the order of ties open, nonzero does not
-        best = (distance == distance.min()).nonzero()[:1]
-        moved.append(torch.tensor([row, col]) if len(best) == 0 else best[0].cpu() + torch.tensor([top, left]))
-    return torch.stack(moved).to(torch.float32)
+    for template, handle in zip(templates, handles, strict=True):
+        # a window at the border has the border's positions several times: that changes no minimum
+        rows, cols = around(handle[0], radius).clamp(0, height - 1), around(handle[1], radius).clamp(0, width - 1)
+        distance = (features.window(rows, cols) - template[:, None, None]).abs().sum(dim=0)
+        place = rows[:, None] * width + cols
+        # argmin would leave the order of ties open, and would take what is not a number
+        first = place.masked_fill(distance != distance.min(), height * width).min()
+        found = torch.stack([first // width, first % width]).to(torch.float32)
+        moved.append(torch.where(first < height * width, found, handle.to(torch.float32)))
+    return torch.stack(moved)
 
 
 TRACKERS: dict[str, Tracker] = {"nearest": nearest}
