@@ -1036,8 +1036,8 @@ class Editor:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No weight wants a gradient, every module is in evaluation mode, and memory is saved if it shall be; all of it
-        put back on leaving."""
+        """No weight wants a gradient, every module is in evaluation mode, and memory or time is saved if it shall be;
+        all of it put back on leaving."""
         modules = [module for root in self.backbone.modules for module in root.modules()]
         parameters = [parameter for root in self.backbone.modules for parameter in root.parameters()]
         training = [module.training for module in modules]
@@ -1045,7 +1045,11 @@ class Editor:
         try:
             for root in self.backbone.modules:
                 root.requires_grad_(False).eval()
-            with self.backbone.saving_memory() if self.config.model.memory == "low" else nullcontext():
+            model = self.config.model
+            with (
+                self.backbone.saving_memory() if model.memory == "low" else nullcontext(),
+                self.backbone.compiled() if model.compile else nullcontext(),
+            ):
                 yield
         finally:
             for module, mode in zip(modules, training, strict=True):
