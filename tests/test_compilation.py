@@ -233,5 +233,5 @@ def test_channels_last_changes_rounding_alone_and_is_put_back(backbone):
 def test_settings():
     usual, compiled = config(compiled=False), config()
     assert determinants(usual) == determinants(compiled)  # a study does not edit twice for it
-    with pytest.raises(UserError, match="model.compile does not go with model.memory=low"):
+    with pytest.raises(UserError, match="does not go with"):
         config("model.memory=low")
