@@ -2,15 +2,17 @@
 
     python benchmarks/speed.py                                       # Stable Diffusion 1.5's size, random weights
     python benchmarks/speed.py model=sd15 device=cuda dtype=fp16     # a real one: an overlay, a folder, a file
-    python benchmarks/speed.py memory=low output=low.json
+    python benchmarks/speed.py memory=low output=low.json            # or compile=true
     python benchmarks/speed.py --compare before.json after.json
 
 Everything measured runs through `Editor.edit`: its reports of progress start and stop the clock. A stage's first step
 is not counted (it sets up the Trainer, encodes the picture), the others are averaged; a bare forward of the same batch
-and precision runs just before each stage, and a ratio is the median over the repetitions of stage / forward. Speed does
-not depend on the weights. On a CPU with one thread the clock is the process's CPU time, else the wall's. Peaks of
-memory are measured apart, each stage in a process of its own: on a CPU resident memory, on a GPU the allocator's.
-Previews (`output.frames_every`) are left out of the times; the peaks include one.
+and precision runs just before each stage, and a ratio is the median over the repetitions of stage / forward. Speed
+does not depend on the weights. What `compile=true` compiles, and compares with what it replaces, it does in a stage's
+first step; the forward, the counts and the framework's share are never compiled, so that ratios can be compared. On a
+CPU with one thread the clock is the process's CPU time, else the wall's. Peaks of memory are measured apart, each
+stage in a process of its own: on a CPU resident memory, on a GPU the allocator's. Previews (`output.frames_every`) are
+left out of the times; the peaks include one.
 """
 
 from __future__ import annotations
@@ -134,8 +136,8 @@ def random_pipeline(*, tiny: bool, dtype: str) -> Any:
 
 
 def _model_config(settings: BenchmarkConfig) -> Config:
-    keys = {"device": settings.device, "dtype": settings.dtype, "autocast": settings.autocast}
-    keys["memory"] = settings.memory
+    keys: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype, "autocast": settings.autocast}
+    keys |= {"memory": settings.memory, "compile": settings.compile}
     overlays: list[Any] = []
     if settings.model not in RANDOM:
         try:
@@ -209,8 +211,9 @@ def run_edit(
 
 
 def bare_forward(edit: Editor, size: int, *, rows: int, autocast: bool) -> Callable[[], None]:
-    """One forward of the denoiser by itself, without gradient."""
+    """One forward of the denoiser by itself, not compiled, without gradient."""
     backbone = edit.backbone
+    assert isinstance(backbone, StableDiffusion)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn((rows, backbone.latent_channels, *backbone.latent_size(size, size)), generator=generator)
     width = backbone.network.config.cross_attention_dim
@@ -222,7 +225,7 @@ def bare_forward(edit: Editor, size: int, *, rows: int, autocast: bool) -> Calla
     def forward() -> None:
         mixed = autocast and edit.autocast != "none"
         half = torch.float16 if edit.autocast == "fp16" else torch.bfloat16
-        with torch.autocast(backbone.device.type, dtype=half) if mixed else nullcontext():
+        with torch.autocast(backbone.device.type, dtype=half) if mixed else nullcontext(), backbone.compilation.off():
             backbone.network(latents, t, encoder_hidden_states=embeddings)
 
     return forward
@@ -253,6 +256,7 @@ def operations(
     settings: BenchmarkConfig, backbone: StableDiffusion, adapter: str, names: Sequence[str]
 ) -> dict[str, float]:
     """GFLOP (multiplication and addition are two) of one step of each stage and of one forward for each batch."""
+    settings = dataclasses.replace(settings, compile=False)  # a counter does not see into compiled code
     counts: dict[str, float] = {}
     counter = FlopCounterMode(display=False)
 
@@ -330,7 +334,7 @@ def overhead(settings: BenchmarkConfig, clock: Clock) -> dict[str, float]:
     """Milliseconds of a drag step with a tiny model: the product's, under its Trainer with callbacks and a CSV log,
     and the same maths in a bare loop; the medians over the repetitions.
     """
-    tiny = dataclasses.replace(settings, model="tiny", dtype="fp32", autocast="none", size=64)
+    tiny = dataclasses.replace(settings, model="tiny", dtype="fp32", autocast="none", size=64, compile=False)
     backbone = load(tiny)
     ours, bare = [], []
     with tempfile.TemporaryDirectory() as folder:

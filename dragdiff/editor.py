@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -1039,8 +1039,8 @@ class Editor:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No weight wants a gradient, every module is in evaluation mode, and memory is saved if it shall be; all of it
-        put back on leaving."""
+        """No weight wants a gradient, every module is in evaluation mode, and memory or time is saved if it shall be;
+        all of it put back on leaving."""
         modules = [module for root in self.backbone.modules for module in root.modules()]
         parameters = [parameter for root in self.backbone.modules for parameter in root.parameters()]
         training = [module.training for module in modules]
@@ -1048,21 +1048,19 @@ class Editor:
         try:
             for root in self.backbone.modules:
                 root.requires_grad_(False).eval()
-            with self._saving_memory():
+            model = self.config.model
+            low = model.memory == "low"
+            with (
+                self.backbone.saving_memory() if low else nullcontext(),
+                freed_at_once() if low else nullcontext(),
+                self.backbone.compiled() if model.compile else nullcontext(),
+            ):
                 yield
         finally:
             for module, mode in zip(modules, training, strict=True):
                 module.training = mode
             for parameter, want in zip(parameters, wanted, strict=True):
                 parameter.requires_grad_(want)
-
-    @contextmanager
-    def _saving_memory(self) -> Iterator[None]:
-        if self.config.model.memory == "low":
-            with self.backbone.saving_memory(), freed_at_once():
-                yield
-        else:
-            yield
 
     @contextmanager
     def _freeu(self) -> Iterator[None]:

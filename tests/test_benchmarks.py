@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dragdiff.config import BenchmarkConfig
+from dragdiff.modules.compilation import Compilation
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "speed.py"
 
@@ -42,6 +44,30 @@ def test_every_stage_is_measured_and_a_step_costs_what_its_operations_say(speed,
     assert stages["drag, no mask"]["gflop"] < stages["drag, mask"]["gflop"]
     assert 1.5 * forward < stages["drag, mask"]["gflop"] < 3 * forward
     assert stages["lora"]["gflop"] > 2 * speed.LORA_BATCH * forward * 0.8
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_in_a_step_that_is_measured(speed):
+    settings = BenchmarkConfig(model="tiny", size=64, compile=True)
+    backbone, graphs, counted = speed.load(settings), [], {}
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    backbone.compilation = Compilation(lambda function: torch.compile(function, backend=backend))
+    edit = speed.editor(settings, backbone, steps=3, adapter="")
+
+    def watch(name, step, total):
+        counted.setdefault(name, []).append(len(graphs))
+        if step == 0:  # as before each stage
+            speed.bare_forward(edit, settings.size, rows=1, autocast=False)()
+
+    for measured in (["lora"], ["inversion", "drag, mask", "denoise"]):
+        speed.run_edit(edit, measured, settings.size, watch)
+    assert backbone.compilation.enabled and graphs
+    for before, first, *later in counted.values():
+        assert before <= first == later[-1]
 
 
 def test_memory_of_a_stage(speed):

@@ -322,7 +322,7 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
     config = load_config([*study.base, study.settings, variant.settings])
     if config.generate.enabled:
         raise UserError(f"variant {variant.name!r} sets generate.enabled: a study edits the pictures of its data")
-    here = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae")}
+    here: dict[str, Any] = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae")}
     return dataclasses.replace(
         config,
         seed=seed,
