@@ -17,7 +17,7 @@ TRACES = Path(__file__).parent / "data" / "traces"
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Here and in the programs that tests start: several tests run at once, and small tensors gain nothing from more."""
+    """Here and in the programs that tests start: tests run beside each other, small tensors gain nothing from more."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
