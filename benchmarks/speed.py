@@ -360,12 +360,13 @@ def bare_drag(edit: Editor, size: int, clock: Clock) -> float:
     backbone, settings = edit.backbone, edit.config.drag
     sample, grid = make_sample(size, masked=True), points.grid_size((size, size), settings.grid_scale)
     handles, targets = (
-        points.to_grid(torch.tensor(np.asarray(which)), image_size=(size, size), grid=grid)
+        points.to_grid(torch.tensor(np.asarray(which)), image_size=(size, size), grid=grid).to(backbone.device)
         for which in (sample.handles, sample.targets)
     )
     scheduler = backbone.scheduler(edit.config.ddim.steps)
     index = len(scheduler.timesteps) - 1
-    t, alpha = scheduler.timesteps[index], scheduler.alphas_cumprod[int(scheduler.timesteps[index])]
+    alpha = scheduler.alphas_cumprod[int(scheduler.timesteps[index])]
+    t = scheduler.timesteps[index].to(backbone.device)
     alpha_to = ddim.alpha_before(scheduler, index)
     backbone.network.requires_grad_(False)
     with torch.no_grad():

@@ -112,8 +112,8 @@ class ModelConfig:
     )
     memory: str = option(
         "normal",
-        "low = LoRA and drag keep less for their backward pass and compute it again, and the LoRA is beside the "
-        "weights: slower, the same result but for rounding",
+        "low = LoRA and drag keep less for their backward pass and compute it again, the LoRA is beside the weights, "
+        "freed memory goes back to the system: slower, the same result but for rounding",
         one_of("normal", "low"),
         local=True,
     )
