@@ -34,6 +34,7 @@ def test_copies_have_the_bits_and_the_tensors_get_them_back_where_they_were(dtyp
     ]
     kept, places = [tensor.clone() for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
     rest = Resting(tensors)
+    rest.sleep()
     assert [copy is tensor for copy, tensor in zip(rest.copies, tensors, strict=True)] == [False, True, True, False]
     for _ in range(2):
         assert all(torch.equal(copy, before) for copy, before in zip(rest.copies, kept, strict=True))
@@ -68,6 +69,31 @@ def test_it_wakes_after_an_error_too():
     assert torch.equal(module.weight, before)
 
 
+@linux
+def test_ctrl_c_while_they_wake_leaves_none_asleep(monkeypatch):
+    tensors = [torch.randn(300, 300) for _ in range(4)]
+    kept, rest = [tensor.clone() for tensor in tensors], Resting(tensors)
+    rest.sleep()
+    let_go, calls = rest.let_go, iter(range(10))
+
+    def interrupted():
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        let_go()
+
+    monkeypatch.setattr(rest, "let_go", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rest.wake()
+    assert all(torch.equal(tensor, before) for tensor, before in zip(tensors, kept, strict=True))
+
+
+@linux
+def test_what_can_not_be_written_to_stays():
+    with torch.inference_mode():
+        tensor = torch.randn(300, 300)
+    assert Resting([tensor]).copies[0] is tensor
+
+
 def test_without_room_on_the_disk_nothing_rests(monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -76,6 +102,7 @@ def test_without_room_on_the_disk_nothing_rests(monkeypatch):
     tensor = torch.randn(300, 300)
     before, rest = tensor.clone(), Resting([tensor])
     assert rest.copies[0] is tensor
+    rest.sleep()
     rest.let_go()
     rest.wake()
     assert torch.equal(tensor, before)

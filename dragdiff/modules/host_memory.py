@@ -20,7 +20,7 @@ LARGEST_HEAP = 2**25  # bytes; where glibc's own rule for that ends
 
 
 class Resting:
-    """Tensors whose bytes lie in an unlinked temporary file until `wake`, and take no memory meanwhile.
+    """Tensors whose bytes lie in an unlinked temporary file, and which take no memory from `sleep` to `wake`.
 
     Only large contiguous ones in the host's memory, on Linux, with room on the disk; others are left alone.
 
@@ -32,7 +32,7 @@ class Resting:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """
         Args:
-            tensors: not to be touched until `wake`: they hold zeros. None shares its memory with a tensor in use.
+            tensors: not to be touched while they sleep: they hold zeros. None shares its memory with a tensor in use.
         """
         self.copies = list(tensors)
         self._originals: dict[int, Tensor] = {}
@@ -40,7 +40,10 @@ class Resting:
         large = {
             number: tensor.detach()
             for number, tensor in enumerate(tensors)
-            if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes >= LARGE
+            if tensor.device.type == "cpu"
+            and tensor.is_contiguous()
+            and tensor.nbytes >= LARGE
+            and not tensor.is_inference()  # which can't be written to
         }
         if not large or sys.platform != "linux":
             return
@@ -59,8 +62,12 @@ class Resting:
         for number, tensor in large.items():
             part = whole[starts[number] : starts[number] + tensor.nbytes]
             self.copies[number] = part.view(tensor.dtype).view(tensor.shape)
-            _drop_pages(tensor)
         self._originals = large
+
+    def sleep(self) -> None:
+        """Take the tensors' memory from them; to be followed by `wake`, whatever happens."""
+        for tensor in self._originals.values():
+            _drop_pages(tensor)
 
     def let_go(self) -> None:
         """Give back the memory of copies that were touched; touched again they are read again."""
@@ -69,10 +76,15 @@ class Resting:
 
     def wake(self) -> None:
         """Give the tensors their bytes again, at the addresses where they were."""
-        for number, tensor in self._originals.items():
-            tensor.copy_(self.copies[number])
-            self.let_go()
-        self._originals = {}
+        try:
+            while self._originals:
+                number, tensor = next(iter(self._originals.items()))
+                tensor.copy_(self.copies[number])
+                del self._originals[number]
+                self.let_go()
+        except KeyboardInterrupt:  # a model must not be left without its weights
+            self.wake()
+            raise
 
 
 def _drop_pages(tensor: Tensor) -> None:
@@ -96,6 +108,7 @@ def resting(*modules: nn.Module) -> Iterator[Callable[[], None]]:
     try:
         for parameter, copy in zip(parameters, rest.copies, strict=True):
             parameter.data = copy
+        rest.sleep()
         yield rest.let_go
     finally:
         for parameter, original in zip(parameters, originals, strict=True):

@@ -349,6 +349,7 @@ def merged(network: nn.Module, lora: LoRA | None) -> Iterator[None]:
             update = (lora.scale[path] * up @ down).view(weight.shape)
             weight.data = (weight.data.float() + update).to(weight.dtype)
         rest = Resting(originals)
+        rest.sleep()
         yield
     finally:
         for (weight, _, _), original in zip(updates.values(), originals, strict=True):
