@@ -120,8 +120,8 @@ def resting(*modules: nn.Module) -> Iterator[Callable[[], None]]:
 def freed_at_once() -> Iterator[None]:
     """While it lasts, what is freed goes back to the system: no room stays with the allocator for what comes next.
 
-    With glibc only. Left, the allocator keeps blocks of up to 32 MiB, as it soon does by itself in a process that uses
-    large ones.
+    With glibc only; room that its heap has from before may be used again, and then stays. Left, the allocator keeps
+    blocks of up to 32 MiB, as it soon does by itself in a process that uses large ones.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt") or libc is None:
