@@ -7,12 +7,12 @@
 
 Everything measured runs through `Editor.edit`: its reports of progress start and stop the clock. A stage's first step
 is not counted (it sets up the Trainer, encodes the picture), the others are averaged; a bare forward of the same batch
-and precision runs just before each stage, and a ratio is the median over the repetitions of stage / forward. Speed
-does not depend on the weights. What `compile=true` compiles, and compares with what it replaces, it does in a stage's
-first step; the forward, the counts and the framework's share are never compiled, so that ratios can be compared. On a
-CPU with one thread the clock is the process's CPU time, else the wall's. Peaks of memory are measured apart, each
-stage in a process of its own: on a CPU resident memory, on a GPU the allocator's. Previews (`output.frames_every`) are
-left out of the times; the peaks include one.
+and precision runs just before each stage and just after it, and a ratio is the median over the repetitions of the stage
+by the mean of the two. Speed does not depend on the weights. What `compile=true` compiles, and compares with what it
+replaces, it does in a stage's first step; the forward, the counts and the framework's share are never compiled, so that
+ratios can be compared. On a CPU with one thread the clock is the process's CPU time, else the wall's. Peaks of memory
+are measured apart, each stage in a process of its own: on a CPU resident memory, on a GPU the allocator's. Previews
+(`output.frames_every`) are left out of the times; the peaks include one.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def operations(
 def times(
     settings: BenchmarkConfig, backbone: StableDiffusion, adapter: str, names: Sequence[str], clock: Clock
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of a step of each stage, and of the forward before it, one of each for each repetition."""
+    """Seconds of a step of each stage, and of the forwards around it, one of each for each repetition."""
     steps = settings.steps + 1  # the first is not counted
     seconds: dict[str, list[float]] = {name: [] for name in names}
     forwards: dict[str, list[float]] = {name: [] for name in names}
@@ -289,18 +289,20 @@ def times(
     for repeat in range(settings.repeats):
         for measured in _edits(names):
             edit = editor(settings, backbone, steps=steps, adapter=_adapter(measured, adapter))
-            started = 0.0
+            started, around = 0.0, list[float]()
 
-            def watch(name: str, step: int, total: int, edit: Editor = edit) -> None:
+            def watch(name: str, step: int, total: int, edit: Editor = edit, around: list[float] = around) -> None:
                 nonlocal started
                 stage, counted = STAGES[name], max(1, total - 1)
-                if step == 0:
+                if step == total:
+                    seconds[name].append((clock() - started) / counted)
+                if step in (0, total):
                     forward = bare_forward(edit, settings.size, rows=stage.rows, autocast=stage.autocast)
-                    forwards[name].append(clock.time(forward))
+                    around.append(clock.time(forward))
                 if step == total - counted:
                     started = clock()
                 elif step == total:
-                    seconds[name].append((clock() - started) / counted)
+                    forwards[name].append(sum(around[-2:]) / 2)
 
             run_edit(edit, measured, settings.size, watch)
         print(f"repetition {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)

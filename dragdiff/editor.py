@@ -35,7 +35,7 @@ from dragdiff.modules import attention, ddim, lora, motion, points, tracking
 from dragdiff.modules.backbone import Backbone, feature_block, freeu, self_attention_layers
 from dragdiff.modules.denoiser import Denoiser
 from dragdiff.modules.features import FeatureMap
-from dragdiff.modules.host_memory import freed_at_once
+from dragdiff.modules.host_memory import freed_at_once, kept_for_reuse
 from dragdiff.modules.images import to_tensor, to_uint8
 from dragdiff.modules.loading import load_backbone, resolve_autocast, skeleton
 
@@ -714,7 +714,8 @@ class Editor:
         for edit in edits:
             edit.drag = self._prepared(edit, sources[edit.picture : edit.picture + 1], denoiser, t, *alphas)
         drags = [edit.drag for edit in edits if edit.drag is not None]
-        with self._stage("drag", max(drag.steps for drag in drags)) as advance:
+        kept = nullcontext() if self.config.model.memory == "low" else kept_for_reuse()
+        with self._stage("drag", max(drag.steps for drag in drags)) as advance, kept:
             scales = [edit.sample.height / grid[0] for edit, grid in zip(edits, grids, strict=True)]
             # a CPU never waits for itself, and a step after the end costs it as much as any other
             module = LatentDrag(probe, drags, look_every=1 if self.backbone.device.type == "cpu" else LOOK_EVERY)
