@@ -7,12 +7,12 @@
 
 Everything measured runs through `Editor.edit`: its reports of progress start and stop the clock. A stage's first step
 is not counted (it sets up the Trainer, encodes the picture), the others are averaged; a bare forward of the same batch
-and precision runs just before each stage and just after it, and a ratio is the median over the repetitions of the stage
-by the mean of the two. Speed does not depend on the weights. What `compile=true` compiles, and compares with what it
-replaces, it does in a stage's first step; the forward, the counts and the framework's share are never compiled, so that
-ratios can be compared. On a CPU with one thread the clock is the process's CPU time, else the wall's. Peaks of memory
-are measured apart, each stage in a process of its own: on a CPU resident memory, on a GPU the allocator's. Previews
-(`output.frames_every`) are left out of the times; the peaks include one.
+and precision runs just before each stage and just after it (LoRA: only before), and a ratio is the median over the
+repetitions of the stage by the mean of the two. Speed does not depend on the weights. What `compile=true` compiles, and
+compares with what it replaces, it does in a stage's first step; the forward, the counts and the framework's share are
+never compiled, so that ratios can be compared. On a CPU with one thread the clock is the process's CPU time, else the
+wall's. Peaks of memory are measured apart, each stage in a process of its own: on a CPU resident memory, on a GPU the
+allocator's. Previews (`output.frames_every`) are left out of the times; the peaks include one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -296,13 +296,14 @@ def times(
                 stage, counted = STAGES[name], max(1, total - 1)
                 if step == total:
                     seconds[name].append((clock() - started) / counted)
-                if step in (0, total):
+                if step in (0, total) and not (step and name == "lora"):  # whose own layers are in the network then
                     forward = bare_forward(edit, settings.size, rows=stage.rows, autocast=stage.autocast)
                     around.append(clock.time(forward))
                 if step == total - counted:
                     started = clock()
                 elif step == total:
-                    forwards[name].append(sum(around[-2:]) / 2)
+                    forwards[name].append(mean(around))
+                    around.clear()
 
             run_edit(edit, measured, settings.size, watch)
         print(f"repetition {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dragdiff.config import load_config
     from dragdiff.data.sample import EditSample
-    from dragdiff.editor import Editor, EditResult, Request
+    from dragdiff.editor import Editor
+    from dragdiff.edits import EditResult, Request
     from dragdiff.errors import UserError
 
 __all__ = ["EditResult", "EditSample", "Editor", "Request", "UserError", "load_config"]
@@ -16,10 +17,10 @@ __all__ = ["EditResult", "EditSample", "Editor", "Request", "UserError", "load_c
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported, by whichever library
 
 _HOME = {
-    "EditResult": "dragdiff.editor",
+    "EditResult": "dragdiff.edits",
     "EditSample": "dragdiff.data.sample",
     "Editor": "dragdiff.editor",
-    "Request": "dragdiff.editor",
+    "Request": "dragdiff.edits",
     "UserError": "dragdiff.errors",
     "load_config": "dragdiff.config",
 }

@@ -21,7 +21,8 @@ from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
     from dragdiff.data.sample import EditSample
-    from dragdiff.editor import Editor, EditResult, Request
+    from dragdiff.editor import Editor
+    from dragdiff.edits import EditResult, Request
 
 DEFAULT_EXAMPLE = "example:sun"
 ANCHOR = [[[0, 0], [0, 0]]]  # a pair that moves nothing, where only the picture counts
@@ -366,7 +367,8 @@ def _each_sample(
             stacklevel=2,
         )
 
-    from dragdiff.editor import Editor, Request, enough_memory
+    from dragdiff.editor import Editor, enough_memory
+    from dragdiff.edits import Request
 
     with closing(Bars()) as bars:
         editor, done = Editor(config, report=bars), 0

@@ -20,7 +20,7 @@ from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
     from dragdiff.data.sample import EditSample
-    from dragdiff.editor import EditResult
+    from dragdiff.edits import EditResult
 
 HANDLE, TARGET, DARK = (228, 26, 28), (31, 90, 220), (20, 20, 20)
 SHOWN_SIDE = 384  # px: smaller pictures are enlarged in comparisons, so that one sees something

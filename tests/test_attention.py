@@ -12,7 +12,8 @@ from torch import nn
 
 from dragdiff.config import load_config
 from dragdiff.data.sample import EditSample
-from dragdiff.editor import Editor, Request
+from dragdiff.editor import Editor
+from dragdiff.edits import Request
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
 from dragdiff.modules.attention import layers_from, mutual_self_attention, recorded

@@ -21,7 +21,7 @@ from dragdiff import Editor, EditSample
 from dragdiff.cli import main_edit
 from dragdiff.config import load_config, load_study
 from dragdiff.data.readers import write_folder
-from dragdiff.editor import EditResult, Request
+from dragdiff.edits import EditResult, Request
 from dragdiff.errors import UserError
 from dragdiff.models.trainer import Recording
 from dragdiff.modules import ddim, lora

@@ -1,6 +1,7 @@
 """`model.compile`: the same gradients and edits; what computes something else is found out; the model is put back."""
 
 import dataclasses
+import math
 import warnings
 
 import numpy as np
@@ -190,7 +191,20 @@ def test_relative_error():
     assert relative_error(one, one) == relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_error(torch.zeros(2), one) == 1
     assert relative_error(one, torch.zeros(2)) == torch.inf
-    assert not relative_error(torch.tensor([torch.nan, 0]), one) <= 1
+    assert relative_error(torch.tensor([torch.nan, 0]), one) == torch.inf
+    assert math.isnan(relative_error(one, torch.tensor([torch.nan, 0])))
+
+
+def test_what_is_not_finite_says_nothing_about_the_compiler(backbone):
+    backbone.compilation = Compilation(aot_eager)
+    latent, embeddings = (
+        torch.full((1, 4, 8, 8), torch.nan),
+        torch.randn(1, 16, backbone.network.config.cross_attention_dim),
+    )
+    with warnings.catch_warnings(), torch.no_grad(), backbone.compiled():
+        warnings.filterwarnings("error", message="model.compile")
+        assert backbone.predict(latent, torch.tensor(5), embeddings).isnan().all()
+    assert backbone.compilation.enabled and not backbone.compilation._trusted
 
 
 def test_memory_running_out_is_not_taken_for_a_compiler_that_fails(backbone):

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -112,12 +113,40 @@ def test_without_room_on_the_disk_nothing_rests(monkeypatch):
 
 @linux
 def test_the_file_has_no_name_and_goes_with_the_copies(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = len(os.listdir("/proc/self/fd"))
     rest = Resting([torch.randn(300, 300)])
-    assert list(tmp_path.iterdir()) == []
+    (mapped,) = {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    assert mapped.startswith(f"{tmp_path}/") and list(tmp_path.iterdir()) == []
     del rest
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_they_stay_awake_without_a_folder(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/no/such/folder")
+    tensor = torch.randn(300, 300)
+    rest = Resting([tensor])
+    assert rest.copies[0] is tensor
+    rest.sleep()
+    assert tensor.any()
+
+
+@linux
+@pytest.mark.parametrize("stage", ["lora", "generate"])
+def test_parts_rest_while_the_network_works(backbone, monkeypatch, stage):
+    monkeypatch.setattr(host_memory, "LARGE", 1)
+    slept: list[int] = []
+    monkeypatch.setattr(host_memory, "_drop_pages", lambda tensor: slept.append(tensor.data_ptr()))
+    weights = [p.data_ptr() for p in backbone.pipeline.vae.parameters() if p.is_contiguous() and not p.is_inference()]
+    settings = ["lora.steps=1", "lora.resolution=64", "cache.enabled=false", "generate.width=64", "generate.height=64"]
+    editor = Editor(
+        load_config(["debug"], [*settings, f"generate.enabled={str(stage == 'generate').lower()}"]), backbone
+    )
+    if stage == "lora":
+        editor.finetune(EditSample(torch.zeros(64, 64, 3).byte().numpy(), "a cat", [[[16, 16], [48, 48]]]))
+    else:
+        editor.generate("a cat")
+    assert set(weights) <= set(slept)
 
 
 @linux

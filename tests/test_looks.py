@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dragdiff import Editor
 from dragdiff.callbacks import DragCallback, PointTracking, Trajectory
 from dragdiff.config import load_config
-from dragdiff.editor import Request
+from dragdiff.edits import Request
 from dragdiff.models.drag import Drag, LatentDrag, MaskTerm
 from dragdiff.models.trainer import Each, Recording, fit
 from dragdiff.modules import motion, tracking
@@ -153,6 +153,9 @@ class Reader(DragCallback):
         self.seen: list[tuple[int, str, float]] = []
         self.after: list[tuple[int, str]] = []
 
+    def on_latent(self, trainer: L.Trainer, drag: Drag) -> None:
+        drag.log("size", drag.latent.abs().max())
+
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
         self.drag = drag
         self.seen.append((drag.steps_done, drag.stop_reason, float(drag.handles.sum())))
@@ -162,10 +165,29 @@ class Reader(DragCallback):
         assert "drag/distance" in trainer.callback_metrics
 
 
+class Stopper(DragCallback):
+    """Ends the drag from the host, and looks at nothing."""
+
+    def reads(self, drag: Drag) -> bool:
+        return False
+
+    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
+        if drag.steps_done == 6:
+            drag.stop("enough")
+
+
+@pytest.mark.parametrize(("stop_distance", "steps", "reason"), [(3.5, 4, "reached"), (0.0, 6, "enough")])
+def test_an_end_from_the_host_between_looks(stop_distance, steps, reason):
+    (found,), _ = run([drag(1, tracker=walk, stop_distance=stop_distance, also=[Stopper()])], 8)
+    assert (found[3], found[5]) == (steps, reason)
+    assert found[6].count("drag/loss") == steps and len(found[2]) == steps + 1
+
+
 def test_a_callback_of_ones_own_sees_each_step_as_it_is():
     reader = Reader()
-    _, scene = run([drag(1, tracker=walk, stop_distance=3.5, also=[reader])], 8)
+    (found,), scene = run([drag(1, tracker=walk, stop_distance=3.5, also=[reader])], 8)
     assert scene.rows == [1] * 5
+    assert found[6].count("'size'") == 5
     assert [seen[:2] for seen in reader.seen] == [(0, ""), (1, ""), (2, ""), (3, ""), (4, "reached")]
     assert reader.after == [(1, ""), (2, ""), (3, ""), (4, ""), (4, "reached")]
 
@@ -180,7 +202,7 @@ def test_edits_are_the_same(backbone, monkeypatch, watched):
     found = []
     for look_every in (1, 3, 8):
         monkeypatch.setattr(
-            "dragdiff.editor.LatentDrag",
+            "dragdiff.stages.LatentDrag",
             lambda probe, drags, look_every, every=look_every: LatentDrag(probe, drags, look_every=every),
         )
         loggers = [Recording() for _ in SAMPLES]

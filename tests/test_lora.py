@@ -587,7 +587,7 @@ class Gradients(L.Callback):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_only_the_lora_is_trained_in_single_precision(tiny_sd, monkeypatch, dtype):
-    from dragdiff import editor as module
+    from dragdiff import stages as module
 
     own = editor(None, f"model.path={tiny_sd}", "model.device=cpu", f"model.dtype={dtype}", "lora.steps=2")
     assert own.backbone.network.dtype == DTYPES[dtype]

@@ -13,7 +13,7 @@ from dragdiff import output
 from dragdiff.config import Config, OutputConfig, load_config
 from dragdiff.data.readers import read_sample
 from dragdiff.data.sample import EditSample
-from dragdiff.editor import EditResult
+from dragdiff.edits import EditResult
 from dragdiff.errors import UserError
 
 SAMPLES = Path(__file__).parent / "data" / "samples"

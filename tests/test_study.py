@@ -25,6 +25,7 @@ from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import make_scene
 from dragdiff.editor import Editor
+from dragdiff.modules.lora import LoRA
 from dragdiff.study import executors, runner
 from dragdiff.study.plan import BASELINES, Plan, determinants, expand
 from dragdiff.study.store import Store, StoreError
@@ -419,14 +420,13 @@ def test_too_little_memory_for_what_is_shared_is_no_failure(times, file, monkeyp
 
 def test_lora_that_diverges_late_takes_no_other_with_it(file, tmp_path, monkeypatch, capsys):
     """What is not finite never gets into the cache; the edits with fewer steps are done."""
-    from dragdiff import editor as module
 
     def finite(trained):
         finite.seen += 1
         return finite.seen == 1  # the first snapshot, and nothing after it
 
     finite.seen = 0
-    monkeypatch.setattr(module, "_is_finite", finite)
+    monkeypatch.setattr(LoRA, "is_finite", property(finite))
     assert cli.main(["study", str(file(grid={"lora.steps": [1, 2]})), "data.limit=1"]) == 1
     said = capsys.readouterr().out
     assert "3 done now, 0 found done, 1 failed of 4" in said and "the LoRA's training diverged" in said

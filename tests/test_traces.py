@@ -25,7 +25,7 @@ from torch import Tensor
 from dragdiff import Editor, EditSample
 from dragdiff.callbacks import DragCallback
 from dragdiff.config import load_config
-from dragdiff.editor import EditResult
+from dragdiff.edits import EditResult
 from dragdiff.models.drag import Drag, LatentDrag
 from dragdiff.modules import ddim, lora, motion, tracking
 from dragdiff.modules.backbone import Backbone

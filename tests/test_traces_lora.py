@@ -10,7 +10,7 @@ from conftest import TRACES
 from PIL import Image
 from safetensors.torch import load_file
 
-import dragdiff.editor
+import dragdiff.stages
 from dragdiff import Editor, EditSample
 from dragdiff.config import load_config
 from dragdiff.models.lora import LoRAFinetune, Noise
@@ -91,7 +91,7 @@ class Watch(L.Callback):
 def training(backbone, tiny_sd, trace, final) -> Iterator[tuple[Watch, lora.LoRA]]:
     initial, draws = random_numbers(trace, final)
     watch = Watch(initial)
-    fit = dragdiff.editor.fit
+    fit = dragdiff.stages.fit
     overrides = [
         f"model.path={tiny_sd}",
         "model.device=cpu",
@@ -103,9 +103,9 @@ def training(backbone, tiny_sd, trace, final) -> Iterator[tuple[Watch, lora.LoRA
     ]
     sample = EditSample(np.asarray(Image.open(TRACES / "scene512.png")), PROMPT, [[[9, 9], [20, 9]]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dragdiff.editor, "seeded_noise", lambda **_: draws.__getitem__)
+        patch.setattr(dragdiff.stages, "seeded_noise", lambda **_: draws.__getitem__)
         patch.setattr(
-            dragdiff.editor, "fit", lambda *args, callbacks, **kw: fit(*args, callbacks=[*callbacks, watch], **kw)
+            dragdiff.stages, "fit", lambda *args, callbacks, **kw: fit(*args, callbacks=[*callbacks, watch], **kw)
         )
         yield watch, Editor(load_config(overrides=overrides), backbone).finetune(sample)
 

@@ -139,13 +139,13 @@ class Drag(nn.Module):
     def begin(self, trainer: L.Trainer, *, looking: bool) -> None:
         """Show the latent of the step to come to the callbacks."""
         self.looking = looking
+        self._unseen.append(_Part(self.steps_done))
         for callback in self.callbacks:
             if isinstance(callback, DragCallback):
                 callback.on_latent(trainer, self)
 
     def look(self, trainer: L.Trainer, features: FeatureMap) -> None:
         """Show a step's features to the callbacks, the tracker among them."""
-        self._unseen.append(_Part(self.steps_done))
         self.seen += 1
         if self.steps_done == 0:
             self.templates = features.at(self.initial_handles).detach()
@@ -247,7 +247,7 @@ class LatentDrag(L.LightningModule):
             self._look()  # so that nobody sees a step after a drag's end
         if running := [number for number, drag in enumerate(self.drags) if not drag.stop_reason]:
             self._move(running)
-        if self.looking:
+        if self.looking or all(drag.stop_reason for drag in self.drags):
             self._look()
         if all(drag.stop_reason for drag in self.drags):
             self.trainer.should_stop = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,9 @@ class Compilation:
         compiled = self._compiled[block]
         if (kind := kind_of_call(block, args, kwargs)) not in self._trusted:
             error, allowed = difference(compiled, block.forward, list(block.parameters()), args, kwargs)
-            if not error <= allowed:
+            if math.isnan(error):  # the block's own is not finite, which says nothing of later calls
+                return block.forward(*args, **kwargs)
+            if error > allowed:
                 self._give_up(f"a compiled block's output or gradient is off by {error:.2g} of its size")
                 return block.forward(*args, **kwargs)
             self._trusted.add(kind)
@@ -145,12 +148,13 @@ def difference(
     """How far the output, the gradient by an input or that by the weights are apart at most, and how far they may be.
 
     Returns:
-        (the largest `relative_error`, that of `TOLERANCE` for the precision of the call).
+        (the largest `relative_error`, NaN if one is NaN; that of `TOLERANCE` for the precision of the call).
     """
     expected = differentiated(eager, weights, args, kwargs)
     found = differentiated(compiled, weights, args, kwargs)
     allowed = TOLERANCE.get(_autocast(args) or expected[0].dtype, TOLERANCE[torch.float32])
-    return max(relative_error(one, other) for one, other in zip(found, expected, strict=True)), allowed
+    errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors), allowed
 
 
 def differentiated(
@@ -180,6 +184,11 @@ def differentiated(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| in the Euclidean norm; 0 where they are equal, NaN where one is not finite."""
+    """|found - expected| / |expected| in the Euclidean norm; 0 where they are equal, NaN where what is expected is not
+    finite, infinite where only the other is not."""
+    if not torch.isfinite(expected).all():
+        return math.nan
+    if not torch.isfinite(found).all():
+        return math.inf
     distance = (found.float() - expected.float()).norm()
     return float(distance / expected.float().norm()) if distance != 0 else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 LARGE = 2**16  # bytes; smaller tensors stay where they are
 ALIGNMENT = 64  # bytes, of a tensor's start in the file
+ON_DISK = "/var/tmp"  # a system's /tmp may be in memory
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt(3)
 OWN_MAPPING = 2**20  # bytes from which an allocation goes back to the system when it is freed
 NEVER = 2**31 - 1  # bytes; the most that mallopt takes
@@ -42,7 +44,8 @@ class Resting:
         large = {
             number: tensor.detach()
             for number, tensor in enumerate(tensors)
-            if tensor.device.type == "cpu"
+            if type(tensor) is Tensor
+            and tensor.device.type == "cpu"
             and tensor.is_contiguous()
             and tensor.nbytes >= LARGE
             and not tensor.is_inference()  # which can't be written to
@@ -51,14 +54,14 @@ class Resting:
             return
         starts = {}
         try:
-            with tempfile.TemporaryFile(prefix="dragdiff-") as file:
+            with tempfile.TemporaryFile(prefix="dragdiff-", dir=os.environ.get("TMPDIR") or ON_DISK) as file:
                 for number, tensor in large.items():
                     starts[number] = file.tell()
                     file.write(tensor.view(-1).view(torch.uint8).numpy().data)
                     file.write(bytes(-file.tell() % ALIGNMENT))
                 file.flush()
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError:  # no room
+        except OSError:  # no room, no such folder
             return
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         for number, tensor in large.items():
@@ -113,9 +116,11 @@ def resting(*modules: nn.Module) -> Iterator[Callable[[], None]]:
         rest.sleep()
         yield rest.let_go
     finally:
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data = original
-        rest.wake()
+        try:
+            rest.wake()
+        finally:
+            for parameter, original in zip(parameters, originals, strict=True):
+                parameter.data = original
 
 
 @contextmanager
@@ -155,9 +160,9 @@ def _allocator(settings: Mapping[int, int]) -> Iterator[Callable[[], None]]:
     if not hasattr(libc, "mallopt") or libc is None:
         yield lambda: None
         return
-    for parameter, value in settings.items():
-        libc.mallopt(parameter, value)
     try:
+        for parameter, value in settings.items():
+            libc.mallopt(parameter, value)
         yield lambda: libc.malloc_trim(0)
     finally:
         for parameter, value in USUAL.items():

@@ -38,6 +38,11 @@ class LoRA:
     up: dict[str, Tensor]
     scale: dict[str, float]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether its training has not diverged."""
+        return all(bool(torch.isfinite(up).all()) for up in self.up.values())
+
 
 @contextmanager
 def injected(network: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, seed: int) -> Iterator[None]:
@@ -324,10 +329,13 @@ def _to_peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def merged(network: nn.Module, lora: LoRA | None) -> Iterator[None]:
+def merged(network: nn.Module, lora: LoRA | None, *, briefly: bool = False) -> Iterator[None]:
     """Add a LoRA to the weights that it is for; put the very same weights back on leaving.
 
     Merging costs nothing per forward, unlike separate low-rank layers, and changes outputs by rounding only.
+
+    Args:
+        briefly: the replaced weights stay in memory meanwhile, as moving them to a file and back would take longer.
 
     Raises:
         UserError: the LoRA does not fit the network.
@@ -342,20 +350,20 @@ def merged(network: nn.Module, lora: LoRA | None) -> Iterator[None]:
         _check_fit(path, (len(up), down.shape[1]), weight)
         updates[path] = weight, down, up
     originals = [weight.data for weight, _, _ in updates.values()]
-    rest: Resting | None = None
+    rest = Resting([] if briefly else originals)
     try:
         for path, (weight, down, up) in updates.items():
             down, up = (part.to(weight.device).float() for part in (down, up))
             update = (lora.scale[path] * up @ down).view(weight.shape)
             weight.data = (weight.data.float() + update).to(weight.dtype)
-        rest = Resting(originals)
         rest.sleep()
         yield
     finally:
-        for (weight, _, _), original in zip(updates.values(), originals, strict=True):
-            weight.data = original
-        if rest is not None:
+        try:
             rest.wake()
+        finally:
+            for (weight, _, _), original in zip(updates.values(), originals, strict=True):
+                weight.data = original
 
 
 def _projection(network: nn.Module, path: str) -> Any:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from dragdiff import cache
+from dragdiff.checks import check_settings, shared_settings
 from dragdiff.config import Config, StudyConfig, StudyDataConfig, flat, load_config, walk
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import KINDS, UNIT, Scene, make_scene
-from dragdiff.editor import check_settings, shared_settings
 from dragdiff.errors import UserError
 from dragdiff.metrics import baselines
 from dragdiff.metrics.suite import check_metrics

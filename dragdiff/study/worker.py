@@ -18,7 +18,8 @@ from PIL import Image
 
 from dragdiff import output
 from dragdiff.config import Config, MetricsConfig, StudyConfig, to_yaml
-from dragdiff.editor import Editor, EditResult, OneModel, Request
+from dragdiff.editor import Editor, OneModel
+from dragdiff.edits import EditResult, Request
 from dragdiff.errors import UserError, one_line
 from dragdiff.metrics.suite import Suite, Values, metric_key
 from dragdiff.study.plan import Subject, Task, baseline_picture
