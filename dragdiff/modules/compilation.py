@@ -106,9 +106,11 @@ class Compilation:
 
 
 def is_plain(block: nn.Module) -> bool:
-    """Whether it has no hooks, which compiled code would not see come and go, and no attention that looks elsewhere."""
+    """Whether it has no hooks and no replaced forward, which compiled code would not see come and go, and no attention
+    that looks elsewhere."""
     return not any(
         module._forward_hooks
+        or "forward" in vars(module)
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
@@ -57,6 +56,8 @@ def injected(network: nn.Module, targets: Sequence[str], *, rank: int, alpha: fl
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    from dragdiff.modules.low_rank import MergedLinear
+
     if hasattr(network, "peft_config"):
         raise UserError("the model carries adapters already: unload or fuse them before a LoRA is trained")
     originals = {name: module for name, module in network.named_modules() if _is_target(name, module, targets)}
@@ -67,6 +68,7 @@ def injected(network: nn.Module, targets: Sequence[str], *, rank: int, alpha: fl
         target_modules=list(originals),
         init_lora_weights="gaussian",
     )
+    config._register_custom_module({nn.Linear: MergedLinear})
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the accelerators' generators too
@@ -158,16 +160,15 @@ class Rows:
         own.scale.update({path: scale[picture].item() for path, scale in self.scale.items()})
         return own
 
-    def update(self, path: str, inputs: Tensor) -> Tensor:
-        """What is added to a projection's output; inputs (rows, ..., in)."""
-        count = len(self.active)
+    def project(self, path: str, module: nn.Linear, inputs: Tensor) -> Tensor:
+        """The projection at a path, with each row's LoRA; inputs (rows, ..., in)."""
+        from dragdiff.modules.low_rank import project
+
         down, up = self.weights[f"{path}{DOWN}"], self.weights[f"{path}{UP}"]
         scale = self._factors[path]
         if self.active != list(range(len(down))):
             down, up, scale = (part[self._index] for part in (down, up, scale))
-        grouped = rearrange(inputs, "(b n) ... c -> n (b ...) c", n=count).to(down.dtype)
-        update = (grouped @ down.mT @ up.mT) * scale
-        return update.unflatten(1, (len(inputs) // count, -1)).transpose(0, 1).reshape(*inputs.shape[:-1], -1)
+        return project(inputs, module.weight, module.bias, down, up, scale)
 
 
 @contextmanager
@@ -179,11 +180,7 @@ def beside(network: nn.Module, rows: Rows) -> Iterator[Rows]:
     Raises:
         UserError: the LoRAs do not fit the network.
     """
-
-    def hook(path: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output + rows.update(path, inputs[0]).to(output.dtype)
-
-    handles = []
+    before: list[tuple[nn.Module, Any]] = []
     try:
         for path in rows.scale:
             module = _projection(network, path)
@@ -193,11 +190,15 @@ def beside(network: nn.Module, rows: Rows) -> Iterator[Rows]:
                 raise UserError(
                     f"the LoRA updates {path}, which is no linear projection: use it for one edit at a time"
                 )
-            handles.append(module.register_forward_hook(partial(hook, path)))
+            before.append((module, vars(module).get("forward")))
+            vars(module)["forward"] = partial(rows.project, path, module)
         yield rows
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, own in before:
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = own
 
 
 def can_be_beside(network: nn.Module, lora: LoRA) -> bool:
