@@ -5,14 +5,16 @@
     python benchmarks/speed.py memory=low output=low.json            # or compile=true
     python benchmarks/speed.py --compare before.json after.json
 
-Everything measured runs through `Editor.edit`: its reports of progress start and stop the clock. A stage's first step
-is not counted (it sets up the Trainer, encodes the picture), the others are averaged; a bare forward of the same batch
-and precision runs just before each stage and just after it (LoRA: only before), and a ratio is the median over the
-repetitions of the stage by the mean of the two. Speed does not depend on the weights. What `compile=true` compiles, and
-compares with what it replaces, it does in a stage's first step; the forward, the counts and the framework's share are
-never compiled, so that ratios can be compared. On a CPU with one thread the clock is the process's CPU time, else the
-wall's. Peaks of memory are measured apart, each stage in a process of its own: on a CPU resident memory, on a GPU the
-allocator's. Previews (`output.frames_every`) are left out of the times; the peaks include one.
+Everything measured runs through `Editor.edit`: its reports of progress start and stop the clock. A stage's first steps
+are not counted (they set up the Trainer, encode the picture, get memory from the system that the others use again),
+those after them are averaged. A bare forward of the same batch and precision runs just before each stage and just after
+it (LoRA: only before), twice for the same reason, of which the second counts; a ratio is the median over the
+repetitions of the stage by the mean of the forwards. Speed does not depend on the weights. What `compile=true`
+compiles, and compares with what it replaces, it does in a stage's first step; the forward, the counts and the
+framework's share are never compiled, so that ratios can be compared. On a CPU with one thread the clock is the
+process's CPU time, else the wall's. Peaks of memory are measured apart, each stage in a process of its own: on a CPU
+resident memory, on a GPU the allocator's. Previews (`output.frames_every`) are left out of the times; the peaks include
+one.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ import numpy as np
 import psutil
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dragdiff import Editor, EditSample
 from dragdiff.config import BenchmarkConfig, Config, describe, find_overlay, load_benchmark, load_config
@@ -52,6 +54,13 @@ from dragdiff.modules.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
 
 RANDOM = ("sd15-random", "tiny")
 OVERHEAD_STEPS = 60  # of a drag with the tiny model
+# the CPU's attention, which torch's counter leaves out
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
 
 
 class Stage(NamedTuple):
@@ -258,7 +267,7 @@ def operations(
     """GFLOP (multiplication and addition are two) of one step of each stage and of one forward for each batch."""
     settings = dataclasses.replace(settings, compile=False)  # a counter does not see into compiled code
     counts: dict[str, float] = {}
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
 
     def watch(name: str, step: int, total: int) -> None:
         if step == total:
@@ -282,7 +291,7 @@ def times(
     settings: BenchmarkConfig, backbone: StableDiffusion, adapter: str, names: Sequence[str], clock: Clock
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of a step of each stage, and of the forwards around it, one of each for each repetition."""
-    steps = settings.steps + 1  # the first is not counted
+    steps = settings.warmup + settings.steps
     seconds: dict[str, list[float]] = {name: [] for name in names}
     forwards: dict[str, list[float]] = {name: [] for name in names}
 
@@ -293,11 +302,12 @@ def times(
 
             def watch(name: str, step: int, total: int, edit: Editor = edit, around: list[float] = around) -> None:
                 nonlocal started
-                stage, counted = STAGES[name], max(1, total - 1)
+                stage, counted = STAGES[name], max(1, total - settings.warmup)
                 if step == total:
                     seconds[name].append((clock() - started) / counted)
                 if step in (0, total) and not (step and name == "lora"):  # whose own layers are in the network then
                     forward = bare_forward(edit, settings.size, rows=stage.rows, autocast=stage.autocast)
+                    forward()
                     around.append(clock.time(forward))
                 if step == total - counted:
                     started = clock()
