@@ -14,7 +14,7 @@ compiles, and compares with what it replaces, it does in a stage's first step; t
 framework's share are never compiled, so that ratios can be compared. On a CPU with one thread the clock is the
 process's CPU time, else the wall's. Peaks of memory are measured apart, each stage in a process of its own: on a CPU
 resident memory, on a GPU the allocator's. Previews (`output.frames_every`) are left out of the times; the peaks include
-one.
+one. `batch=N` adds what N edits take at once, against the same one by one in the same run.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from dragdiff import Editor, EditSample
+from dragdiff import Editor, EditSample, Request
 from dragdiff.config import BenchmarkConfig, Config, describe, find_overlay, load_benchmark, load_config
 from dragdiff.errors import UserError
 from dragdiff.modules import ddim, lora, motion, points, tracking
@@ -180,9 +180,9 @@ def editor(
     return Editor(config, backbone)
 
 
-def make_sample(size: int, *, masked: bool) -> EditSample:
-    """A noise picture with one drag across its middle; the mask leaves a border."""
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def make_sample(size: int, *, masked: bool, number: int = 0) -> EditSample:
+    """A noise picture, of each number another, with one drag across its middle; the mask leaves a border."""
+    image = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
     mask = np.zeros((size, size), dtype=bool)
     mask[size // 8 : -size // 8, size // 8 : -size // 8] = True
     pair = [[size // 4, size // 4], [3 * size // 4, 3 * size // 4]]
@@ -190,13 +190,20 @@ def make_sample(size: int, *, masked: bool) -> EditSample:
 
 
 def run_edit(
-    edit: Editor, measured: Sequence[str], size: int, watch: Callable[[str, int, int], None], **observers: Any
+    edit: Editor,
+    measured: Sequence[str],
+    size: int,
+    watch: Callable[[str, int, int], None],
+    *,
+    count: int = 1,
+    logger: Logger | None = None,
 ) -> None:
     """Edit until the stages of these names are done.
 
     Args:
         watch: told of a measured stage, the steps done in it and its steps in all.
-        observers: as for `Editor.edit`.
+        count: pictures that are edited at once.
+        logger: of the first.
     """
     names = {STAGES[name].reports: name for name in measured}
     done: set[str] = set()
@@ -210,7 +217,8 @@ def run_edit(
 
     edit.report = report
     try:
-        edit.edit(make_sample(size, masked=STAGES[measured[0]].masked), **observers)
+        samples = [make_sample(size, masked=STAGES[measured[0]].masked, number=number) for number in range(count)]
+        edit.edit_batch([Request(s, logger=None if number else logger) for number, s in enumerate(samples)])
     except _Enough:
         pass
     finally:
@@ -298,26 +306,70 @@ def times(
     for repeat in range(settings.repeats):
         for measured in _edits(names):
             edit = editor(settings, backbone, steps=steps, adapter=_adapter(measured, adapter))
-            started, around = 0.0, list[float]()
+            around: dict[str, list[float]] = {name: [] for name in measured}
 
-            def watch(name: str, step: int, total: int, edit: Editor = edit, around: list[float] = around) -> None:
-                nonlocal started
-                stage, counted = STAGES[name], max(1, total - settings.warmup)
-                if step == total:
-                    seconds[name].append((clock() - started) / counted)
-                if step in (0, total) and not (step and name == "lora"):  # whose own layers are in the network then
+            def time_forward(
+                name: str, step: int, edit: Editor = edit, around: dict[str, list[float]] = around
+            ) -> None:
+                if not (step and name == "lora"):  # whose own layers are in the network then
+                    stage = STAGES[name]
                     forward = bare_forward(edit, settings.size, rows=stage.rows, autocast=stage.autocast)
                     forward()
-                    around.append(clock.time(forward))
-                if step == total - counted:
-                    started = clock()
-                elif step == total:
-                    forwards[name].append(mean(around))
-                    around.clear()
+                    around[name].append(clock.time(forward))
 
-            run_edit(edit, measured, settings.size, watch)
+            for name, took in step_seconds(edit, measured, settings, clock, aside=time_forward).items():
+                seconds[name].append(took)
+                forwards[name].append(mean(around[name]))
         print(f"repetition {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)
     return seconds, forwards
+
+
+def step_seconds(
+    edit: Editor,
+    measured: Sequence[str],
+    settings: BenchmarkConfig,
+    clock: Clock,
+    *,
+    count: int = 1,
+    aside: Callable[[str, int], None] = lambda name, step: None,
+) -> dict[str, float]:
+    """Seconds of a step of each stage of an edit.
+
+    Args:
+        count: edits at once.
+        aside: called at a stage's start and end, with its name and the steps done; not timed.
+    """
+    found: dict[str, float] = {}
+    started = 0.0
+
+    def watch(name: str, step: int, total: int) -> None:
+        nonlocal started
+        counted = max(1, total - settings.warmup)
+        if step == total:
+            found[name] = (clock() - started) / counted
+        if step in (0, total):
+            aside(name, step)
+        if step == total - counted:
+            started = clock()
+
+    run_edit(edit, measured, settings.size, watch, count=count)
+    return found
+
+
+def together(settings: BenchmarkConfig, backbone: StableDiffusion, clock: Clock) -> dict[str, dict[str, float]]:
+    """What `settings.batch` edits of different pictures take at once: the median, least and most of the ratio of a step
+    to that of as many edits one by one.
+    """
+    measured, count = ["lora", "drag, mask"], settings.batch
+    ratios: dict[str, list[float]] = {name: [] for name in measured}
+    for repeat in range(settings.repeats):
+        edit = editor(settings, backbone, steps=settings.warmup + settings.steps, adapter="")
+        alone = step_seconds(edit, measured, settings, clock)
+        batch = step_seconds(edit, measured, settings, clock, count=count)
+        for name in measured:
+            ratios[name].append(batch[name] / (count * alone[name]))
+        print(f"batch {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)
+    return {name: {"ratio": median(r), "ratio_low": min(r), "ratio_high": max(r)} for name, r in ratios.items()}
 
 
 def _edits(names: Sequence[str]) -> Iterator[list[str]]:
@@ -510,6 +562,8 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
                     "over_roof": median(seconds[name]) * roof / gflop[name],
                 }
             results["overhead"] = overhead(settings, clock)
+            if settings.batch > 1:
+                results["batch"] = together(settings, backbone, clock)
         del backbone
         if settings.memory_peaks:
             for name, found in peaks(settings, adapter, names).items():
@@ -553,6 +607,12 @@ def table(results: dict[str, Any]) -> str:
             f"a drag step of a tiny model: {took['product_ms']:.1f} ms, {took['bare_ms']:.1f} in a bare loop: "
             f"the framework adds {took['product_ms'] - took['bare_ms']:.1f}"
         )
+    if "batch" in results:
+        shares = ", ".join(
+            f"{name} {found['ratio']:.2f} ({found['ratio_low']:.2f}-{found['ratio_high']:.2f})"
+            for name, found in results["batch"].items()
+        )
+        lines.append(f"{results['settings']['batch']} edits at once, a step by those of one by one: {shares}")
     machine = results["machine"]
     lines.append(
         f"{machine['device']}, threads {machine['threads']}, torch {machine['torch']}, clock {results['clock']}"

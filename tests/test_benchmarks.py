@@ -29,7 +29,7 @@ def speed():
 @pytest.fixture(scope="module")
 def results(speed, tmp_path_factory):
     file = tmp_path_factory.mktemp("benchmark") / "tiny.json"
-    assert speed.main(["model=tiny", "size=64", "repeats=1", "memory_peaks=false", f"output={file}"]) == 0
+    assert speed.main(["model=tiny", "size=64", "repeats=1", "memory_peaks=false", "batch=2", f"output={file}"]) == 0
     return file
 
 
@@ -57,6 +57,30 @@ def test_attention_is_counted_as_the_sum_of_its_products(speed):
         assert counter.get_total_flops() == 2 * product
         output.sum().backward()
     assert counter.get_total_flops() == (2 + 5) * product
+
+
+def test_a_batch_is_compared_with_as_many_edits_one_by_one(speed, results):
+    found = json.loads(results.read_text())
+    assert list(found["batch"]) == ["lora", "drag, mask"]
+    assert all(0 < kind["ratio_low"] <= kind["ratio"] <= kind["ratio_high"] for kind in found["batch"].values())
+    assert "2 edits at once" in speed.table(found)
+
+
+def test_a_batch_does_the_operations_of_its_edits(speed):
+    """Each picture with a LoRA of its own, which costs no more than a thin product per row."""
+    settings = BenchmarkConfig(model="tiny", size=64)
+    edit, counts = speed.editor(settings, speed.load(settings), steps=2, adapter=""), []
+    for count in (1, 2):
+        counter, found = FlopCounterMode(display=False, custom_mapping=speed.UNCOUNTED), {}
+
+        def watch(name, step, total, counter=counter, found=found):
+            found[name] = counter.get_total_flops() - sum(found.values())
+
+        with counter:
+            speed.run_edit(edit, ["lora", "drag, mask"], settings.size, watch, count=count)
+        counts.append(found)
+    for name, alone in counts[0].items():
+        assert counts[1][name] == pytest.approx(2 * alone, rel=0.05)
 
 
 @pytest.mark.slow
