@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from dragdiff.modules.low_rank import MergedLinear, can_merge, project
+from dragdiff.modules.low_rank import can_merge, project
+from dragdiff.modules.peft_layer import MergedLinear
 
 ROWS, TOKENS, IN, OUT, RANK = 6, 5, 4, 3, 2
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
 from dragdiff.modules.host_memory import Resting
+from dragdiff.modules.low_rank import project
 
 ADAPTER = "dragdiff"
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -56,7 +57,7 @@ def injected(network: nn.Module, targets: Sequence[str], *, rank: int, alpha: fl
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    from dragdiff.modules.low_rank import MergedLinear
+    from dragdiff.modules.peft_layer import MergedLinear
 
     if hasattr(network, "peft_config"):
         raise UserError("the model carries adapters already: unload or fuse them before a LoRA is trained")
@@ -162,8 +163,6 @@ class Rows:
 
     def project(self, path: str, module: nn.Linear, inputs: Tensor) -> Tensor:
         """The projection at a path, with each row's LoRA; inputs (rows, ..., in)."""
-        from dragdiff.modules.low_rank import project
-
         down, up = self.weights[f"{path}{DOWN}"], self.weights[f"{path}{UP}"]
         scale = self._factors[path]
         if self.active != list(range(len(down))):

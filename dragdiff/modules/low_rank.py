@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from peft.tuners.lora import Linear
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -93,16 +92,3 @@ def _by_picture(values: Tensor, count: int) -> Tensor:
 def _by_row(values: Tensor, like: Tensor) -> Tensor:
     """The way back, to (rows, ..., width) as of another."""
     return rearrange(values, "p (b n) c -> (b p) n c", b=len(like) // len(values)).reshape(*like.shape[:-1], -1)
-
-
-class MergedLinear(Linear):
-    """peft's linear layer with its one adapter, computed by `project` where that may merge."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base_layer
-        (adapter,) = self.active_adapters
-        layers: Any = self.lora_A[adapter], self.lora_B[adapter]
-        down, up = (layer.weight for layer in layers)
-        if args or kwargs or not can_merge(x, base.weight, down):
-            return super().forward(x, *args, **kwargs)
-        return project(x, base.weight, base.bias, down[None], up[None], self.scaling[adapter])

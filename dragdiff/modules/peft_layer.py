@@ -1,0 +1,23 @@
+"""peft's linear layer, computed faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import Linear
+from torch import Tensor
+
+from dragdiff.modules.low_rank import can_merge, project
+
+
+class MergedLinear(Linear):
+    """peft's linear layer with its one adapter, computed by `project` where that may merge."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self.base_layer
+        (adapter,) = self.active_adapters
+        layers: Any = self.lora_A[adapter], self.lora_B[adapter]
+        down, up = (layer.weight for layer in layers)
+        if args or kwargs or not can_merge(x, base.weight, down):
+            return super().forward(x, *args, **kwargs)
+        return project(x, base.weight, base.bias, down[None], up[None], self.scaling[adapter])
