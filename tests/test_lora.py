@@ -24,6 +24,7 @@ from dragdiff.modules import lora
 from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.images import to_tensor
 from dragdiff.modules.loading import DTYPES
+from dragdiff.modules.peft_layer import MergedLinear
 
 TARGETS = StableDiffusion.lora_targets
 RANK, ALPHA = 4, 2.0
@@ -95,6 +96,7 @@ def test_it_is_on_the_four_projections_of_every_attention_and_nowhere_else(unet)
         adapter = lora.extract(lora.parameters(unet), scale=ALPHA / RANK)
         trainable = {name for name, p in unet.named_parameters() if p.requires_grad}
         assert len(trainable) == 2 * len(expected) and all(".lora_" in name for name in trainable)
+        assert {n for n, m in unet.named_modules() if isinstance(m, MergedLinear)} == expected
     assert adapter.down.keys() == adapter.up.keys() == expected
     assert len(expected) == 2 * 16 * 4
 
