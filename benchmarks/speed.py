@@ -7,14 +7,15 @@
 
 Everything measured runs through `Editor.edit`: its reports of progress start and stop the clock. A stage's first steps
 are not counted (they set up the Trainer, encode the picture, get memory from the system that the others use again),
-those after them are averaged. A bare forward of the same batch and precision runs just before each stage and just after
-it (LoRA: only before), twice for the same reason, of which the second counts; a ratio is the median over the
-repetitions of the stage by the mean of the forwards. Speed does not depend on the weights. What `compile=true`
-compiles, and compares with what it replaces, it does in a stage's first step; the forward, the counts and the
-framework's share are never compiled, so that ratios can be compared. On a CPU with one thread the clock is the
+those after them are averaged; decoding has one step, which is. A bare forward of the same batch and precision runs just
+before each stage and just after it (LoRA: only before), twice for the same reason, of which the second counts; a ratio
+is the median over the repetitions of the stage by the mean of the forwards. Speed does not depend on the weights. What
+`compile=true` compiles, and compares with what it replaces, it does in a stage's first step; the forward, the counts
+and the framework's share are never compiled, so that ratios can be compared. On a CPU with one thread the clock is the
 process's CPU time, else the wall's. Peaks of memory are measured apart, each stage in a process of its own: on a CPU
 resident memory, on a GPU the allocator's. Previews (`output.frames_every`) are left out of the times; the peaks include
-one. `batch=N` adds what N edits take at once, against the same one by one in the same run.
+one. `batch=N` adds what a LoRA step and a drag step of N edits take at once, each picture with its own LoRA, against
+those of as many edits one by one in the same run.
 """
 
 from __future__ import annotations
@@ -217,8 +218,9 @@ def run_edit(
 
     edit.report = report
     try:
+        # not `edit_batch`, which would go on in halves where memory is too small
         samples = [make_sample(size, masked=STAGES[measured[0]].masked, number=number) for number in range(count)]
-        edit.edit_batch([Request(s, logger=None if number else logger) for number, s in enumerate(samples)])
+        edit._edit_batch([Request(s, logger=None if number else logger) for number, s in enumerate(samples)])
     except _Enough:
         pass
     finally:
@@ -364,10 +366,11 @@ def together(settings: BenchmarkConfig, backbone: StableDiffusion, clock: Clock)
     ratios: dict[str, list[float]] = {name: [] for name in measured}
     for repeat in range(settings.repeats):
         edit = editor(settings, backbone, steps=settings.warmup + settings.steps, adapter="")
-        alone = step_seconds(edit, measured, settings, clock)
-        batch = step_seconds(edit, measured, settings, clock, count=count)
+        took = {}
+        for edits in (1, count) if repeat % 2 == 0 else (count, 1):  # what drifts goes both ways
+            took[edits] = step_seconds(edit, measured, settings, clock, count=edits)
         for name in measured:
-            ratios[name].append(batch[name] / (count * alone[name]))
+            ratios[name].append(took[count][name] / (count * took[1][name]))
         print(f"batch {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)
     return {name: {"ratio": median(r), "ratio_low": min(r), "ratio_high": max(r)} for name, r in ratios.items()}
 
@@ -632,10 +635,16 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
             one, two = before["stages"][name].get(key), after["stages"][name].get(key)
             if one and two:
                 lines.append(f"{name:<14} {one:>9.4g} {two:>9.4g} {two / one - 1:>+8.1%}  {unit}")
+    for name, found in before.get("batch", {}).items():
+        if name in after.get("batch", {}):
+            one, two = found["ratio"], after["batch"][name]["ratio"]
+            unit = f"batch of {after['settings']['batch']}, {name}"
+            lines.append(f"{'':<14} {one:>9.4g} {two:>9.4g} {two / one - 1:>+8.1%}  {unit}")
+    both = [results["settings"] for results in (before, after)]
     other = [
-        f"{key} ({value} before, {after['settings'].get(key)} after)"
-        for key, value in before["settings"].items()
-        if after["settings"].get(key) != value and key != "output"
+        f"{key} ({one} before, {two} after)"
+        for key in dict.fromkeys([*both[0], *both[1]])
+        if (one := both[0].get(key, "none")) != (two := both[1].get(key, "none")) and key != "output"
     ]
     if before["machine"] != after["machine"]:
         other.append("the machine")

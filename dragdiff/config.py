@@ -429,7 +429,9 @@ class BenchmarkConfig:
     warmup: int = option(2, "first steps of a stage, not timed", at_least(1))
     steps: int = option(1, "steps of a stage that are timed, after those", at_least(1))
     repeats: int = option(5, "repetitions; 0 = no times, only memory", at_least(0))
-    batch: int = option(1, "edits at once, compared with one by one; 1 = not", at_least(1))
+    batch: int = option(
+        1, "edits at once, whose LoRA and drag steps are compared with one by one; 1 = not", at_least(1)
+    )
     memory_peaks: bool = option(True, "measure memory, each stage in a process of its own")
     threads: int = option(1, "of the CPU; 0 = torch's own choice", at_least(0))
     output: str = option("", "JSON file for the results; empty = none")

@@ -24,7 +24,7 @@ from dragdiff.data.readers import write_folder
 from dragdiff.edits import EditResult, Request
 from dragdiff.errors import UserError
 from dragdiff.models.trainer import Recording
-from dragdiff.modules import ddim, lora
+from dragdiff.modules import ddim, lora, low_rank
 from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.images import to_tensor
 from dragdiff.study import runner
@@ -186,7 +186,8 @@ def test_loras_trained_together_are_those_trained_alone(backbone):
     assert not torch.allclose(together[0].up[path := next(iter(alone[0].up))], together[1].up[path], atol=1e-3)
 
 
-def test_each_row_has_its_own_lora(backbone):
+@pytest.mark.parametrize("exact", [True, False])
+def test_each_row_has_its_own_lora(backbone, monkeypatch, exact):
     """Against the network with the LoRA in its weights, in float64; with ranks, scales and modules of their own."""
     unet = copy.deepcopy(backbone.network).double()
     adapters: list[lora.LoRA | None] = []
@@ -207,25 +208,40 @@ def test_each_row_has_its_own_lora(backbone):
     for row, picture_number in enumerate(active):
         with lora.merged(unet, adapters[picture_number]), torch.no_grad():
             expected.append(unet(latents[row : row + 1], torch.tensor(500), context[row : row + 1]).sample)
-    rows = lora.Rows.of(adapters)
-    before = {name: len(module._forward_hooks) for name, module in unet.named_modules()}
+    rows, merging = lora.Rows.of(adapters), []
+    if exact:  # then the updates are in the weights
+        rows = lora.Rows({name: weight.double() for name, weight in rows.weights.items()}, rows.scale)
+    can_merge = low_rank.can_merge
+    monkeypatch.setattr(low_rank, "can_merge", lambda *given: merging.append(can_merge(*given)) or merging[-1])
+    doubled = unet.get_submodule(next(iter(adapters[0].up)))  # the projection of an owner, who made it another
+    own = doubled.register_forward_hook(lambda module, inputs, output: output + 0)
+    before = [dict(vars(module)) for module in unet.modules()]
+    hooks = [len(module._forward_hooks) for module in unet.modules()]
     with lora.beside(unet, rows), torch.no_grad():
         rows.active = active
         actual = unet(latents, torch.tensor(500), context).sample
         twice = unet(torch.cat([latents] * 2), torch.tensor(500), torch.cat([context] * 2)).sample  # guidance
+    own.remove()
     torch.testing.assert_close(actual, torch.cat(expected), rtol=0, atol=1e-4)  # merging is in float32
     torch.testing.assert_close(twice, torch.cat([actual, actual]), rtol=0, atol=1e-5)
     assert (expected[1] - expected[3]).abs().max() > 0.1
-    assert before == {name: len(module._forward_hooks) for name, module in unet.named_modules()}
+    assert any(merging) == exact
+    assert before == [dict(vars(module)) for module in unet.modules()]
+    assert hooks == [len(module._forward_hooks) + (module is doubled) for module in unet.modules()]
 
 
 def test_a_lora_of_another_model_is_refused_in_a_batch(backbone, tmp_path):
+    network = backbone.network
+    good = next(name for name, module in network.named_modules() if name.endswith("attn1.to_q"))
+    size = network.get_submodule(good).in_features
     wrong = lora.LoRA(
-        {"mid_block.nothing": torch.ones(1, 2)}, {"mid_block.nothing": torch.ones(2, 1)}, {"mid_block.nothing": 1.0}
+        {path: torch.ones(1, size) for path in (good, "mid_block.nothing")},
+        {path: torch.ones(size, 1) for path in (good, "mid_block.nothing")},
+        dict.fromkeys((good, "mid_block.nothing"), 1.0),
     )
-    with pytest.raises(UserError, match="another model"), lora.beside(backbone.network, lora.Rows.of([wrong, None])):
+    with pytest.raises(UserError, match="another model"), lora.beside(network, lora.Rows.of([wrong, None])):
         pass
-    assert not any(module._forward_hooks for module in backbone.network.modules())
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in network.modules())
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong

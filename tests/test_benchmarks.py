@@ -67,20 +67,34 @@ def test_a_batch_is_compared_with_as_many_edits_one_by_one(speed, results):
 
 
 def test_a_batch_does_the_operations_of_its_edits(speed):
-    """Each picture with a LoRA of its own, which costs no more than a thin product per row."""
+    """Also where each picture has a LoRA of its own."""
     settings = BenchmarkConfig(model="tiny", size=64)
     edit, counts = speed.editor(settings, speed.load(settings), steps=2, adapter=""), []
     for count in (1, 2):
-        counter, found = FlopCounterMode(display=False, custom_mapping=speed.UNCOUNTED), {}
+        counter, before, found = FlopCounterMode(display=False, custom_mapping=speed.UNCOUNTED), {}, {}
 
-        def watch(name, step, total, counter=counter, found=found):
-            found[name] = counter.get_total_flops() - sum(found.values())
+        def watch(name, step, total, counter=counter, before=before, found=found):
+            found[name] = counter.get_total_flops() - before.get(name, 0)
+            before[name] = counter.get_total_flops()
 
         with counter:
             speed.run_edit(edit, ["lora", "drag, mask"], settings.size, watch, count=count)
         counts.append(found)
+    assert counts[0]["lora"] > counts[0]["drag, mask"] > 0  # four rows; one
     for name, alone in counts[0].items():
         assert counts[1][name] == pytest.approx(2 * alone, rel=0.05)
+
+
+def test_memory_that_is_too_small_for_a_batch_is_not_timed_as_half_of_it(speed, monkeypatch):
+    settings = BenchmarkConfig(model="tiny", size=64)
+    edit = speed.editor(settings, speed.load(settings), steps=1, adapter="")
+
+    def full(edits, *_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(edit, "_drag", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        speed.run_edit(edit, ["drag, mask"], settings.size, lambda *_: None, count=2)
 
 
 @pytest.mark.slow
@@ -123,6 +137,13 @@ def test_two_runs_are_compared(speed, results, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "+100.0%" in next(line for line in out.splitlines() if line.startswith("decode"))
     assert "memory (normal before, low after)" in out
+    assert "batch of 2, lora" in out
+
+
+def test_results_of_another_way_to_measure_are_said_to_be(speed, results):
+    now, before = json.loads(results.read_text()), json.loads(results.read_text())
+    del before["settings"]["warmup"], before["batch"]
+    assert "they also differ in warmup (none before, 2 after)" in speed.comparison(before, now)
 
 
 @pytest.mark.parametrize(

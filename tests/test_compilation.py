@@ -13,7 +13,7 @@ from dragdiff.config import load_config
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
 from dragdiff.modules.backbone import StableDiffusion, channels_last
-from dragdiff.modules.compilation import TOLERANCE, Compilation, difference, relative_error
+from dragdiff.modules.compilation import TOLERANCE, Compilation, difference, is_plain, relative_error
 from dragdiff.modules.denoiser import Denoiser
 from dragdiff.study.plan import determinants
 
@@ -140,7 +140,7 @@ def test_what_was_compiled_serves_later_edits_and_a_lora_is_trained_with_it(back
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_batch_that_shrinks(backbone, steps):
-    """Its pictures' own LoRAs are beside the network, in hooks: the blocks that have them stay eager."""
+    """Its pictures' own LoRAs are beside the network, in replaced forwards: the blocks that have them stay eager."""
 
     def run(compiled):
         settings = config(f"lora.steps={steps}", compiled=compiled)
@@ -184,6 +184,16 @@ def test_a_lost_gradient_of_a_lora_is_seen(backbone):
         weights = list(block.parameters())
         assert difference(block.forward, block.forward, weights, args, kwargs) == (0, TOLERANCE[torch.float32])
         assert difference(forgets, block.forward, weights, args, kwargs)[0] == 1  # nothing is left of the gradient
+
+
+def test_a_block_with_loras_beside_it_is_not_plain(backbone):
+    block = backbone.network.down_blocks[0].attentions[0].transformer_blocks[0]
+    with lora.injected(backbone.network, backbone.lora_targets, rank=2, alpha=2, seed=0):
+        assert is_plain(block)  # these are part of what is compiled
+        adapter = lora.extract(lora.parameters(backbone.network), scale=1.0)
+    with lora.beside(backbone.network, lora.Rows.of([adapter, None])):
+        assert not is_plain(block)
+    assert is_plain(block)
 
 
 def test_relative_error():

@@ -3,6 +3,7 @@
 import csv
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from dragdiff import Editor, EditSample
+from dragdiff import Editor, EditResult, EditSample, Request
 from dragdiff.config import load_config
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
@@ -142,7 +143,10 @@ def test_the_state_would_show_a_change(pipeline):
     before.assert_same(State(pipeline))
 
 
-@pytest.mark.parametrize("overrides", [[], GENERATED, [*GENERATED, "generate.scheduler=dpm++2m"]])
+BESIDE = ["model.memory=low"]  # the LoRA is not merged
+
+
+@pytest.mark.parametrize("overrides", [[], BESIDE, GENERATED, [*GENERATED, "generate.scheduler=dpm++2m"]])
 def test_an_edit_leaves_the_pipeline_and_the_random_state_as_they_were(pipeline, adapter, overrides):
     before = State(pipeline)
     torch.manual_seed(1)
@@ -164,6 +168,7 @@ def test_an_edit_leaves_the_pipeline_and_the_random_state_as_they_were(pipeline,
         ([], "drag", ZeroDivisionError),
         ([], "drag", KeyboardInterrupt),
         ([], "denoise", ZeroDivisionError),
+        (BESIDE, "drag", ZeroDivisionError),
         (GENERATED, "generate", ZeroDivisionError),
         (GENERATED, "drag", ZeroDivisionError),
         (GENERATED, "denoise", KeyboardInterrupt),
@@ -177,6 +182,21 @@ def test_an_edit_that_fails_leaves_the_pipeline_as_it_was(pipeline, adapter, ove
     before = State(pipeline)
     with pytest.raises(error):
         edit(pipeline, *overrides, *([adapter] if overrides else []), report=report)
+    before.assert_same(State(pipeline))
+
+
+@pytest.mark.parametrize("stage", ["LoRA", "drag", ""])
+def test_a_batch_leaves_the_pipeline_as_it_was(pipeline, stage):
+    """Also where it fails; each picture has a LoRA of its own."""
+
+    def report(name: str, done: int, total: int, note: str) -> None:
+        if name == stage and done == 1:
+            raise ZeroDivisionError
+
+    before, editor = State(pipeline), Editor(load_config(overrides=QUICK), StableDiffusion(pipeline), report=report)
+    other = EditSample(SAMPLE.image[::-1].copy(), "a dog", SAMPLE.points, SAMPLE.mask)
+    with pytest.raises(ZeroDivisionError) if stage else nullcontext():
+        assert all(isinstance(r, EditResult) for r in editor.edit_batch([Request(SAMPLE), Request(other)]))
     before.assert_same(State(pipeline))
 
 

@@ -106,8 +106,9 @@ class Compilation:
 
 
 def is_plain(block: nn.Module) -> bool:
-    """Whether it has no hooks and no replaced forward, which compiled code would not see come and go, and no attention
-    that looks elsewhere."""
+    """Whether it is what its class says: no hooks, no replaced forward (compiled code would not see them come and go),
+    no attention that looks elsewhere.
+    """
     return not any(
         module._forward_hooks
         or "forward" in vars(module)

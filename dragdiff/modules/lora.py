@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
+from dragdiff.modules.compilation import is_plain
 from dragdiff.modules.host_memory import Resting
-from dragdiff.modules.low_rank import project
+from dragdiff.modules.low_rank import project, updated
 
 ADAPTER = "dragdiff"
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -161,13 +162,21 @@ class Rows:
         own.scale.update({path: scale[picture].item() for path, scale in self.scale.items()})
         return own
 
-    def project(self, path: str, module: nn.Linear, inputs: Tensor) -> Tensor:
+    def project(self, path: str, layer: nn.Linear, inputs: Tensor) -> Tensor:
         """The projection at a path, with each row's LoRA; inputs (rows, ..., in)."""
-        down, up = self.weights[f"{path}{DOWN}"], self.weights[f"{path}{UP}"]
-        scale = self._factors[path]
-        if self.active != list(range(len(down))):
-            down, up, scale = (part[self._index] for part in (down, up, scale))
-        return project(inputs, module.weight, module.bias, down, up, scale)
+        return project(inputs, layer.weight, layer.bias, *self._of(path))
+
+    def updated(self, path: str, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """The same from the projection's output."""
+        return updated(output, *inputs, *self._of(path))
+
+    def _of(self, path: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(down, up, scale) of the active pictures."""
+        parts = self.weights[f"{path}{DOWN}"], self.weights[f"{path}{UP}"], self._factors[path]
+        if self.active == list(range(len(parts[0]))):
+            return parts
+        down, up, scale = (part[self._index] for part in parts)
+        return down, up, scale
 
 
 @contextmanager
@@ -179,25 +188,21 @@ def beside(network: nn.Module, rows: Rows) -> Iterator[Rows]:
     Raises:
         UserError: the LoRAs do not fit the network.
     """
-    before: list[tuple[nn.Module, Any]] = []
-    try:
+    with ExitStack() as stack:
         for path in rows.scale:
-            module = _projection(network, path)
+            layer = _projection(network, path)
             down, up = rows.weights[f"{path}{DOWN}"], rows.weights[f"{path}{UP}"]
-            _check_fit(path, (up.shape[1], down.shape[2]), module.weight)
-            if not isinstance(module, nn.Linear):
+            _check_fit(path, (up.shape[1], down.shape[2]), layer.weight)
+            if not isinstance(layer, nn.Linear):
                 raise UserError(
                     f"the LoRA updates {path}, which is no linear projection: use it for one edit at a time"
                 )
-            before.append((module, vars(module).get("forward")))
-            vars(module)["forward"] = partial(rows.project, path, module)
+            if type(layer) is nn.Linear and is_plain(layer):
+                vars(layer)["forward"] = partial(rows.project, path, layer)
+                stack.callback(vars(layer).pop, "forward")
+            else:  # of an owner's making
+                stack.callback(layer.register_forward_hook(partial(rows.updated, path)).remove)
         yield rows
-    finally:
-        for module, own in before:
-            if own is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = own
 
 
 def can_be_beside(network: nn.Module, lora: LoRA) -> bool:

@@ -1,4 +1,4 @@
-"""A linear projection with a low-rank update, in the time of the projection alone."""
+"""A linear projection with a low-rank update, in little more than the time of the projection alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ def project(
 ) -> Tensor:
     """Each row's product with weight + scale * up @ down of its picture, plus the bias: row r is of picture r % P.
 
-    Where it can be, the update is added to the weight and not to the output, which is larger: what is computed beside
-    the product is then as small as the weight, or of the update's rank. Elsewhere the weight's precision would not
-    hold the update, or a compiler fuses what is added.
-
     Args:
         inputs: (rows, ..., in).
         weight, bias: (out, in) and (out,).
@@ -27,23 +23,42 @@ def project(
         scale: (P, 1, 1), or one for all.
 
     Returns:
-        (rows, ..., out), with gradients by the inputs, `down` and `up`; by weight and bias if the weight wants one.
+        (rows, ..., out), with gradients by all but the scale; where it merges, by the inputs, `down` and `up`.
     """
-    if can_merge(inputs, weight, down):
-        return _Merged.apply(inputs, weight, bias, down, up, scale)
-    output = F.linear(inputs, weight, bias)
+    if can_merge(inputs, weight, bias, down):
+        return _Merged.apply(inputs, weight.detach(), bias, down, up, scale)
+    return updated(F.linear(inputs, weight, bias), inputs, down, up, scale)
+
+
+def updated(output: Tensor, inputs: Tensor, down: Tensor, up: Tensor, scale: Tensor | float) -> Tensor:
+    """A projection's output with the update added to it; arguments as for `project`."""
     update = (_by_picture(inputs, len(down)).to(down.dtype) @ down.mT @ up.mT) * scale
     return output + _by_row(update, inputs).to(output.dtype)
 
 
-def can_merge(inputs: Tensor, weight: Tensor, down: Tensor) -> bool:
-    """Whether the update may be added to the weight: all is computed in the precision of the update."""
+def can_merge(inputs: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor) -> bool:
+    """Whether the update is better added to the weight than to the output, and may be: for many rows the output is
+    larger; all must be computed in the update's precision, which a weight in a lower one would not hold; a compiler
+    fuses what is added to the output.
+    """
+    rows = inputs.numel() // inputs.shape[-1] // len(down)
+    learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (weight, bias))
     return (
-        inputs.dtype == weight.dtype == down.dtype
+        rows * sum(weight.shape) >= weight.numel()  # as many operations for the one as for the other
+        and inputs.dtype == weight.dtype == down.dtype
+        and _full_precision()
         and not torch.is_autocast_enabled(inputs.device.type)
-        and not (weight.requires_grad and torch.is_grad_enabled())
+        and not learns
         and not torch.compiler.is_compiling()
     )
+
+
+def _full_precision() -> bool:
+    """Whether products of float32 are computed in float32, not in TF32 or bfloat16."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set by backend, of which this can't tell
+        return False
 
 
 class _Merged(torch.autograd.Function):
@@ -60,9 +75,12 @@ class _Merged(torch.autograd.Function):
         ctx.scale = scale
         merged = _merged(weight, down, up, scale)
         if len(merged) == 1:
-            return F.linear(inputs, merged[0], bias)
-        output = _by_row(_by_picture(inputs, len(merged)) @ merged.mT, inputs)
-        return output if bias is None else output.add_(bias)
+            output = F.linear(inputs, merged[0], bias)
+        else:
+            output = _by_row(_by_picture(inputs, len(merged)) @ merged.mT, inputs)
+            output = output if bias is None else output.add_(bias)
+        # no view, which autograd would forbid others to change in place
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     @once_differentiable
