@@ -55,6 +55,7 @@ from dragdiff.modules.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
 
 RANDOM = ("sd15-random", "tiny")
 OVERHEAD_STEPS = 60  # of a drag with the tiny model
+OVERHEAD_REPEATS = 5
 # the CPU's attention, which torch's counter leaves out
 UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -400,13 +401,14 @@ def matmul_gflops(clock: Clock, dtype: torch.dtype) -> float:
 
 def overhead(settings: BenchmarkConfig, clock: Clock) -> dict[str, float]:
     """Milliseconds of a drag step with a tiny model: the product's, under its Trainer with callbacks and a CSV log,
-    and the same maths in a bare loop; the medians over the repetitions.
+    and the same maths in a bare loop; the medians over some repetitions.
     """
-    tiny = dataclasses.replace(settings, model="tiny", dtype="fp32", autocast="none", size=64, compile=False)
+    plain = {"dtype": "fp32", "autocast": "none", "memory": "normal", "compile": False}
+    tiny = dataclasses.replace(settings, model="tiny", size=64, **plain)
     backbone = load(tiny)
     ours, bare = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(settings.repeats):
+        for repeat in range(OVERHEAD_REPEATS):
             lengths = {"lora": {"steps": 0}, "ddim": {"strength": 0.02}, "drag": {"steps": OVERHEAD_STEPS}}
             edit = editor(tiny, backbone, steps=1, adapter="", **lengths)
             started = 0.0
@@ -549,6 +551,7 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
         clock = Clock(device, "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall")
         results |= {"clock": clock.kind, "machine": _machine(device)}
         if settings.repeats:
+            results["overhead"] = overhead(settings, clock)  # first, while memory is as the system gave it
             gflop = operations(settings, backbone, adapter, names)
             roof = matmul_gflops(clock, DTYPES[settings.dtype])
             seconds, forwards = times(settings, backbone, adapter, names, clock)
@@ -564,7 +567,6 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
                     "gflop": gflop[name],
                     "over_roof": median(seconds[name]) * roof / gflop[name],
                 }
-            results["overhead"] = overhead(settings, clock)
             if settings.batch > 1:
                 results["batch"] = together(settings, backbone, clock)
         del backbone

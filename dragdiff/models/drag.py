@@ -293,11 +293,13 @@ class LatentDrag(L.LightningModule):
             for step, values in drag.learn().items():
                 named = {each(number, name, len(self.drags)): value for name, value in values.items()}
                 logged.setdefault(step, {}).update(named)
+        latest: dict[str, float] = {}
         for step, values in sorted(logged.items()):
-            self.log_dict(values, logger=False)  # for callbacks
+            latest |= values
             for logger in self.loggers:
                 logger.log_metrics({**values, "epoch": self.current_epoch}, step)
         if logged:
+            self.log_dict(latest, logger=False)  # for callbacks
             for logger in self.loggers:
                 logger.save()
 
