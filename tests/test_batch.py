@@ -213,8 +213,8 @@ def test_each_row_has_its_own_lora(backbone, monkeypatch, exact):
         rows = lora.Rows({name: weight.double() for name, weight in rows.weights.items()}, rows.scale)
     can_merge = low_rank.can_merge
     monkeypatch.setattr(low_rank, "can_merge", lambda *given: merging.append(can_merge(*given)) or merging[-1])
-    doubled = unet.get_submodule(next(iter(adapters[0].up)))  # the projection of an owner, who made it another
-    own = doubled.register_forward_hook(lambda module, inputs, output: output + 0)
+    hooked = unet.get_submodule(next(iter(adapters[0].up)))  # by its owner
+    own = hooked.register_forward_hook(lambda module, inputs, output: output + 0)
     before = [dict(vars(module)) for module in unet.modules()]
     hooks = [len(module._forward_hooks) for module in unet.modules()]
     with lora.beside(unet, rows), torch.no_grad():
@@ -227,7 +227,7 @@ def test_each_row_has_its_own_lora(backbone, monkeypatch, exact):
     assert (expected[1] - expected[3]).abs().max() > 0.1
     assert any(merging) == exact
     assert before == [dict(vars(module)) for module in unet.modules()]
-    assert hooks == [len(module._forward_hooks) + (module is doubled) for module in unet.modules()]
+    assert hooks == [len(module._forward_hooks) + (module is hooked) for module in unet.modules()]
 
 
 def test_a_lora_of_another_model_is_refused_in_a_batch(backbone, tmp_path):
