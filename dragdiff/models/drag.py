@@ -285,7 +285,8 @@ class LatentDrag(L.LightningModule):
     def _look(self) -> None:
         """Learn in one transfer what the device has found since the last look, and log it.
 
-        Loggers are told from here: `self.log` would have Lightning read each value in each step.
+        Loggers and callbacks are told from here: `self.log` would have Lightning read each value in each step, and takes
+        0.5 ms for each.
         """
         _to_host([numbers for drag in self.drags for numbers in drag.unseen()])
         logged: dict[int, dict[str, float]] = {}
@@ -299,7 +300,7 @@ class LatentDrag(L.LightningModule):
             for logger in self.loggers:
                 logger.log_metrics({**values, "epoch": self.current_epoch}, step)
         if logged:
-            self.log_dict(latest, logger=False)  # for callbacks
+            self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in latest.items()})
             for logger in self.loggers:
                 logger.save()
 
