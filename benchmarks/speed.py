@@ -52,6 +52,7 @@ from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.features import FeatureMap, forward_with_features
 from dragdiff.modules.loading import DTYPES, load_backbone, resolve_device
 from dragdiff.modules.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
+from report import comparison, read, table
 
 RANDOM = ("sd15-random", "tiny")
 OVERHEAD_STEPS = 60  # of a drag with the tiny model
@@ -592,81 +593,6 @@ def _random_lora(backbone: StableDiffusion, folder: Path) -> str:
 def _machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results for people."""
-    lines = [
-        f"{'stage':<14} {'x forward':>9} {'range':>11} {'s a step':>9} {'GFLOP':>7} {'x roof':>7} {'peak MB':>8}",
-    ]
-    for name, stage in results["stages"].items():
-        spread = f"{stage['ratio_low']:.2f}-{stage['ratio_high']:.2f}" if "ratio" in stage else ""
-        lines.append(
-            f"{name:<14} {_number(stage, 'ratio', '.3f'):>9} {spread:>11} {_number(stage, 'seconds', '.4g'):>9} "
-            f"{_number(stage, 'gflop', '.4g'):>7} {_number(stage, 'over_roof', '.2f'):>7} "
-            f"{_number(stage, 'peak_mb', '.0f'):>8}"
-        )
-    if "overhead" in results:
-        took = results["overhead"]
-        lines.append(
-            f"a drag step of a tiny model: {took['product_ms']:.1f} ms, {took['bare_ms']:.1f} in a bare loop: "
-            f"the framework adds {took['product_ms'] - took['bare_ms']:.1f}"
-        )
-    if "batch" in results:
-        shares = ", ".join(
-            f"{name} {found['ratio']:.2f} ({found['ratio_low']:.2f}-{found['ratio_high']:.2f})"
-            for name, found in results["batch"].items()
-        )
-        lines.append(f"{results['settings']['batch']} edits at once, a step by those of one by one: {shares}")
-    machine = results["machine"]
-    lines.append(
-        f"{machine['device']}, threads {machine['threads']}, torch {machine['torch']}, clock {results['clock']}"
-    )
-    return "\n".join(lines)
-
-
-def _number(stage: dict[str, float], key: str, style: str) -> str:
-    return format(stage[key], style) if key in stage else "-"
-
-
-def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What changed from one run's results to another's."""
-    lines = [f"{'':<14} {'before':>9} {'after':>9} {'change':>8}"]
-    for name in [name for name in STAGES if name in before["stages"] and name in after["stages"]]:
-        for key, unit in (("ratio", "x forward"), ("peak_mb", "peak MB")):
-            one, two = before["stages"][name].get(key), after["stages"][name].get(key)
-            if one and two:
-                lines.append(f"{name:<14} {one:>9.4g} {two:>9.4g} {two / one - 1:>+8.1%}  {unit}")
-    for name, found in before.get("batch", {}).items():
-        if name in after.get("batch", {}):
-            one, two = found["ratio"], after["batch"][name]["ratio"]
-            unit = f"batch of {after['settings']['batch']}, {name}"
-            lines.append(f"{'':<14} {one:>9.4g} {two:>9.4g} {two / one - 1:>+8.1%}  {unit}")
-    both = [results["settings"] for results in (before, after)]
-    other = [
-        f"{key} ({one} before, {two} after)"
-        for key in dict.fromkeys([*both[0], *both[1]])
-        if (one := both[0].get(key, "none")) != (two := both[1].get(key, "none")) and key != "output"
-    ]
-    if before["machine"] != after["machine"]:
-        other.append("the machine")
-    return "\n".join(lines + ([f"they also differ in {', '.join(other)}"] if other else []))
-
-
-def read(path: str) -> dict[str, Any]:
-    """Results that a run wrote.
-
-    Raises:
-        UserError: missing, or something else.
-    """
-    try:
-        results = json.loads(Path(path).read_text("utf-8"))
-        _ = table(results), results["settings"].items()
-    except OSError as error:
-        raise UserError(f"cannot read {path!r}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path!r} holds no results of this benchmark") from None
-    return results
 
 
 def main(argv: Sequence[str] | None = None) -> int:

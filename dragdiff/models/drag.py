@@ -285,8 +285,8 @@ class LatentDrag(L.LightningModule):
     def _look(self) -> None:
         """Learn in one transfer what the device has found since the last look, and log it.
 
-        Loggers and callbacks are told from here: `self.log` would have Lightning read each value in each step, and takes
-        0.5 ms for each.
+        Loggers and callbacks are told from here: `self.log` would have Lightning read each value in each step, and
+        takes half a millisecond for each.
         """
         _to_host([numbers for drag in self.drags for numbers in drag.unseen()])
         logged: dict[int, dict[str, float]] = {}
