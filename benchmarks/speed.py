@@ -482,7 +482,8 @@ def peak_memory(settings: BenchmarkConfig, adapter: str, name: str) -> dict[str,
     backbone = load(settings)
     found = {"loaded_mb": _memory(backbone.device), "peak_mb": 0.0}
     adapter = _adapter([name], adapter)
-    edit = editor(settings, backbone, steps=1, adapter=adapter, output={"frames_every": 10})
+    # what the first step frees may be kept for the second
+    edit = editor(settings, backbone, steps=2, adapter=adapter, output={"frames_every": 10})
     highest = Highest(backbone.device)
 
     def watch(name: str, step: int, total: int) -> None:

@@ -391,8 +391,7 @@ class Stages:
         for edit in edits:
             edit.drag = self._prepared(edit, sources[edit.picture : edit.picture + 1], denoiser, t, *alphas)
         drags = [edit.drag for edit in edits if edit.drag is not None]
-        kept = kept_for_reuse() if self._on_cpu and self.config.model.memory == "normal" else nullcontext()
-        with self._stage("drag", max(drag.steps for drag in drags)) as advance, kept:
+        with self._stage("drag", max(drag.steps for drag in drags)) as advance:
             scales = [edit.sample.height / grid[0] for edit, grid in zip(edits, grids, strict=True)]
             # a CPU never waits for itself, and a step after the end costs it as much as any other
             module = LatentDrag(probe, drags, look_every=1 if self._on_cpu else LOOK_EVERY)
@@ -668,11 +667,12 @@ class Stages:
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Times a stage and reports its steps."""
+        """Times a stage and reports its steps, all of which need the same memory."""
         start = time.perf_counter()
         self.report(name, 0, total, "")
         try:
-            yield lambda done, note: self.report(name, done, total, note)
+            with kept_for_reuse() if self._on_cpu and self.config.model.memory == "normal" else nullcontext():
+                yield lambda done, note: self.report(name, done, total, note)
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
