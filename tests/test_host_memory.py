@@ -1,5 +1,6 @@
 """Weights that rest in a file, and an allocator that gives back what is freed, or keeps it."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -164,6 +165,29 @@ def test_parts_that_rest_give_the_same_edit(backbone, monkeypatch):
     assert (asleep.image == awake.image).all()
     for (_, frame, _), (_, other, _) in zip(asleep.frames, awake.frames, strict=True):
         assert (frame == other).all()
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_each_stage_keeps_what_it_frees_unless_memory_shall_be_saved(backbone, monkeypatch, memory):
+    inside: list[bool] = []
+    stages: dict[str, set[bool]] = {}
+
+    @contextlib.contextmanager
+    def kept():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def report(stage, done, total, note):
+        if done:
+            stages.setdefault(stage, set()).add(bool(inside))
+
+    monkeypatch.setattr("dragdiff.stages.kept_for_reuse", kept)
+    sample = EditSample(torch.zeros(64, 64, 3).byte().numpy() + 90, "a cat", [[[16, 16], [48, 48]]])
+    keys = ["lora.steps=1", "lora.resolution=64", "cache.enabled=false", f"model.memory={memory}"]
+    Editor(load_config(["debug"], keys), backbone, report=report).edit(sample)
+    assert stages == {name: {memory == "normal"} for name in ("LoRA", "inversion", "drag", "denoise", "decode")}
+    assert not inside
 
 
 @glibc
