@@ -7,9 +7,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,15 @@ PARTIAL = ".partial-"
 CHECKSUM = "sha256"
 LOCK = "lock"
 TOTAL = "bytes"
+DAMAGED = (UserError, FileNotFoundError)  # what reading an entry raises then
 ROOM = 0.9  # of the limit that eviction leaves in use, so that not each write has to evict
 LOCK_SECONDS = 60  # a writer holds it while it writes one result to disk
+# what changes a module's output and is no weight: adapters' strength (peft), FreeU, an autoencoder's tiles (diffusers)
+STATE = (
+    *("scaling", "_active_adapter", "_disable_adapters", "merged_adapters"),
+    *("b1", "b2", "s1", "s2"),
+    *("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"),
+)
 
 
 def default_folder() -> Path:
@@ -52,7 +58,8 @@ def digest(**inputs: Any) -> str:
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """A hash of the modules' weights: whole sums of their bits, so neither thread count nor device matters."""
+    """A hash of the modules' weights, as whole sums of their bits, so that neither thread count nor device matters, of
+    their configurations and of their `STATE`."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [
         (
@@ -63,7 +70,20 @@ def fingerprint(*modules: nn.Module) -> str:
         for module in modules
         for name, weight in module.named_parameters()
     ]
-    return digest(weights=sums)
+    configs = [getattr(module, "config", None) for module in modules]
+    plain = [
+        {name: value for name, value in config.items() if not name.startswith("_")}  # where it is from, and versions
+        for config in configs
+        if isinstance(config, Mapping)  # diffusers'; in transformers' is nothing that its modules don't have
+    ]
+    state = [
+        (name, key, vars(part)[key])
+        for module in modules
+        for name, part in module.named_modules()
+        for key in STATE
+        if key in vars(part)
+    ]
+    return digest(weights=sums, configs=json.dumps(plain, default=str), state=json.dumps(state, default=str))
 
 
 class StageCache:
@@ -85,7 +105,8 @@ class StageCache:
         self.folder, self.limit = folder, limit
 
     def find(self, key: str, *, load: Callable[[Path], Any]) -> Any:
-        """The entry of that key, loaded; None if there is none, or a damaged one, which is removed.
+        """The entry of that key, loaded; None if there is none, one that can't be read, or a damaged one, which is
+        removed.
 
         One that is evicted while it is read is none, silently.
         """
@@ -93,13 +114,15 @@ class StageCache:
             return None
         entry = self.folder / key
         try:
-            if (entry / CHECKSUM).read_bytes() != _checksum(entry):
-                raise UserError("its checksum differs")
-            value = load(entry)
-        except (UserError, OSError) as error:
+            value = _read(entry, load)
+        except DAMAGED as error:
             if _exists(entry):
                 warnings.warn(f"cache entry {entry} is broken and is made again: {one_line(error)}", stacklevel=2)
-                shutil.rmtree(entry, ignore_errors=True)
+                self._remove_damaged(entry, load)
+            return None
+        except OSError as error:
+            if _exists(entry):
+                warnings.warn(f"cannot read the cache entry {entry}: {one_line(error)}; it is made again", stacklevel=2)
             return None
         with suppress(OSError):  # a cache that can only be read
             os.utime(entry)  # used now, by the clock of the file system
@@ -124,7 +147,8 @@ class StageCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder.parent / LOCK, timeout=LOCK_SECONDS):
                 self._sweep()
-                partial = Path(tempfile.mkdtemp(prefix=f"{key}{PARTIAL}", dir=self.folder))
+                partial = entry.with_name(f"{key}{PARTIAL}new")
+                partial.mkdir()
                 try:
                     save(value, partial)
                     (partial / CHECKSUM).write_bytes(_checksum(partial))
@@ -158,6 +182,17 @@ class StageCache:
 
     def __contains__(self, key: str) -> bool:
         return self.folder is not None and _exists(self.folder / key)
+
+    def _remove_damaged(self, entry: Path, load: Callable[[Path], Any]) -> None:
+        """Delete it, unless another process has made it anew by now."""
+        assert self.folder is not None
+        with suppress(OSError, NotImplementedError), FileLock(self.folder.parent / LOCK, timeout=LOCK_SECONDS):
+            try:
+                _read(entry, load)
+            except DAMAGED:
+                gone = entry.with_name(f"{entry.name}{PARTIAL}damaged")
+                entry.replace(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Delete what killed writers left. Needs the lock."""
@@ -208,6 +243,12 @@ class StageCache:
         for stage in STAGES:
             with suppress(OSError), os.scandir(self.folder.parent / stage) as found:
                 yield from (Path(entry.path) for entry in found if NAME.match(entry.name))
+
+
+def _read(entry: Path, load: Callable[[Path], Any]) -> Any:
+    if (entry / CHECKSUM).read_bytes() != _checksum(entry):
+        raise UserError("its checksum differs")
+    return load(entry)
 
 
 def _exists(entry: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dragdiff import cache
 from dragdiff.config import load_config
@@ -126,6 +129,41 @@ def test_entry_that_goes_while_it_is_read_is_made_again_silently(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert get(tmp_path, make=lambda: 3, load=vanish) == 3
+
+
+def test_entry_that_cannot_be_read_now_stays(tmp_path):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied")
+
+    get(tmp_path)
+    with pytest.warns(UserWarning, match="cannot read the cache entry.*Permission denied"):
+        assert get(tmp_path, make=lambda: 3, load=refused) == 3
+    assert get(tmp_path, make=never) == [1, 2]
+
+
+def test_entry_that_another_has_made_anew_meanwhile_stays(tmp_path):
+    tries = []
+
+    def first_damaged(folder):
+        tries.append(folder)
+        if len(tries) == 1:
+            raise UserError("damaged")
+        return load(folder)
+
+    get(tmp_path)
+    with pytest.warns(UserWarning, match="broken"):
+        assert get(tmp_path, make=lambda: 3, load=first_damaged) == 3
+    assert len(tries) == 2
+    assert get(tmp_path, make=never) == [1, 2]
+
+
+def test_entries_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        get(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "k").stat().st_mode & 0o777 == 0o755
 
 
 # ------------------------------------------------------------------------------------------- limit
@@ -466,6 +504,72 @@ def test_inversion_is_computed_for_what_it_depends_on(override, edits):
     computed.clear()
     editor.reconfigured(config("lora.steps=2", override)).edit(sample)
     assert "inversion" in computed
+
+
+def adapter_strength(pipeline, value):
+    for layer in pipeline.unet.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_scale("default", value)
+
+
+def steps_offset(pipeline, value):
+    pipeline.scheduler.register_to_config(steps_offset=value)
+
+
+def freeu(pipeline, value):
+    pipeline.unet.enable_freeu(s1=value, s2=value, b1=1.0, b2=1.0)
+
+
+def tiling(pipeline, value):
+    pipeline.vae.use_tiling = value
+
+
+def scaling_factor(pipeline, value):
+    pipeline.vae.register_to_config(scaling_factor=value)
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        (adapter_strength, (0.5, 1.0)),
+        (steps_offset, (1, 0)),
+        (freeu, (0.9, 0.5)),
+        (tiling, (False, True)),
+        (scaling_factor, (0.18, 0.2)),
+    ],
+)
+def test_inversion_is_computed_for_each_state_of_an_owners_model(change, values, edits):
+    """Also for what is no weight."""
+    editor, config, sample, computed = edits
+    editor = editor.reconfigured(config("lora.steps=0"))
+    pipeline = editor.backbone.pipeline
+    if change is adapter_strength:
+        inject_adapter_in_model(LoraConfig(target_modules=["to_q"], init_lora_weights=False), pipeline.unet)
+    made = []
+    for value in (*values, values[0]):
+        change(pipeline, value)
+        computed.clear()
+        editor.edit(sample)
+        made.append("inversion" in computed)
+    assert made == [True, True, False]
+
+
+def test_an_error_in_a_report_costs_no_entry(edits):
+    editor, config, sample, computed = edits
+    editor = editor.reconfigured(config("lora.steps=1"))
+    editor.edit(sample)
+
+    def fails(stage, done, total, note):
+        if note == "from the cache":
+            raise UserError("too long")
+
+    note, editor.report = editor.report, fails
+    with pytest.raises(UserError, match="too long"):
+        editor.edit(sample)
+    editor.report = note
+    computed.clear()
+    editor.edit(sample)
+    assert computed == ["drag", "denoise", "decode"]
 
 
 def test_inversion_depends_on_picture_and_prompt(edits):
