@@ -55,6 +55,7 @@ from dragdiff.modules.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
 from report import comparison, read, table
 
 RANDOM = ("sd15-random", "tiny")
+PEAK_STEPS = 2  # what the first frees may be kept for the second
 OVERHEAD_STEPS = 60  # of a drag with the tiny model
 OVERHEAD_REPEATS = 5
 # the CPU's attention, which torch's counter leaves out
@@ -482,8 +483,7 @@ def peak_memory(settings: BenchmarkConfig, adapter: str, name: str) -> dict[str,
     backbone = load(settings)
     found = {"loaded_mb": _memory(backbone.device), "peak_mb": 0.0}
     adapter = _adapter([name], adapter)
-    # what the first step frees may be kept for the second
-    edit = editor(settings, backbone, steps=2, adapter=adapter, output={"frames_every": 10})
+    edit = editor(settings, backbone, steps=PEAK_STEPS, adapter=adapter, output={"frames_every": 10})
     highest = Highest(backbone.device)
 
     def watch(name: str, step: int, total: int) -> None:
@@ -545,7 +545,10 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     stages: dict[str, dict[str, float]] = {name: {} for name in names}
-    results: dict[str, Any] = {"settings": dataclasses.asdict(settings), "stages": stages}
+    results: dict[str, Any] = {
+        "settings": dataclasses.asdict(settings) | {"peak_steps": PEAK_STEPS},
+        "stages": stages,
+    }
     with tempfile.TemporaryDirectory() as folder:
         backbone = load(settings)
         adapter = _random_lora(backbone, Path(folder))

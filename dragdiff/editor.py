@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,9 @@ class Editor(Stages):
     def edit_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
         """Drag several samples at once: their LoRAs are trained in one batch, their latents dragged in one.
 
-        Results are those of `edit` but for rounding. (Under fp16 autocast an overflow in one holds all back for that
-        step.) The samples' pictures may be the same, then they share what depends on nothing else. Where a GPU's memory
-        is too small for all at once, they go on in halves.
+        Results are those of `edit` but for rounding. (Under fp16 autocast a gradient that overflows in one holds all
+        back for that step.) The samples' pictures may be the same, then they share what depends on nothing else. Where
+        a GPU's memory is too small for all at once, they go on in halves.
 
         Args:
             requests: whose pictures have latents of one size, see `size_class`.
@@ -144,13 +144,12 @@ class Editor(Stages):
         scheduler = self._scheduler()
         path: list[Tensor] = []
         prompts: list[str] = []
-        samples = [request.sample for request in requests]
+        generated: list[np.ndarray] = []
         if self.config.generate.enabled:
-            prompts = list(dict.fromkeys(sample.prompt for sample in samples))
+            prompts = list(dict.fromkeys(request.sample.prompt for request in requests))
             generated, path, scheduler = self._generate(prompts)
-            samples = [dataclasses.replace(s, image=generated[prompts.index(s.prompt)]) for s in samples]
         outcomes: dict[int, EditResult | UserError] = {}
-        edits, pictures = self._begin(requests, samples, outcomes)
+        edits, pictures = self._begin(requests, dict(zip(prompts, generated, strict=True)), outcomes)
         adapters = self._adapters(pictures, edits, outcomes)
         if edits:
             with self._frozen(), self._adapted(adapters) as beside, self._freeu():
@@ -301,7 +300,10 @@ class Editor(Stages):
     def _check_batch(self, requests: Sequence[Request]) -> None:
         if not requests:
             raise UserError("a batch needs at least one edit")
-        sizes = {self.size_class(request.sample) for request in requests}
+        sizes = set()
+        for request in requests:
+            with suppress(UserError):  # of one sample: `_begin` says so
+                sizes.add(self.size_class(request.sample))
         if len(sizes) > 1:
             raise UserError(f"the pictures of a batch need latents of one size, these have {sorted(sizes)}")
         ours = shared_settings(self.config)
@@ -316,15 +318,25 @@ class Editor(Stages):
                     )
 
     def _begin(
-        self, requests: Sequence[Request], samples: Sequence[EditSample], outcomes: dict[int, EditResult | UserError]
+        self,
+        requests: Sequence[Request],
+        generated: Mapping[str, np.ndarray],
+        outcomes: dict[int, EditResult | UserError],
     ) -> tuple[list[Edit], list[EditSample]]:
-        """The edits that can begin, and their different source pictures at the working size."""
+        """The edits that can begin, and their different source pictures at the working size.
+
+        Args:
+            generated: the pictures that take the place of the samples', by prompt; empty where none are generated.
+        """
         edits: list[Edit] = []
         pictures: dict[tuple[str, str], EditSample] = {}
-        for number, (request, sample) in enumerate(zip(requests, samples, strict=True)):
-            working = sample if self.config.generate.enabled else self._working(sample)
-            config = request.config or self.config
+        for number, request in enumerate(requests):
+            sample, config = request.sample, request.config or self.config
             try:
+                if generated:
+                    working = sample = dataclasses.replace(sample, image=generated[sample.prompt])
+                else:
+                    working = self._working(sample)
                 keep = self._keep(working, config.drag)
             except UserError as error:
                 outcomes[number] = UserError(str(error))  # without what its traceback holds

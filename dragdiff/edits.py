@@ -61,6 +61,7 @@ class Request:
 
     Attributes:
         config: in place of the editor's, with the same `shared_settings`; None = the editor's.
+        callbacks: their Trainer serves the whole batch, in whose metrics ("0:drag/loss") stands each edit's number.
     """
 
     sample: EditSample

@@ -102,8 +102,9 @@ class Stages:
         keys = [self._lora_key(sample, self.config.lora.steps) for sample in samples]
         found: dict[str, lora.LoRA | UserError] = {}
         for key in keys:
-            if key not in found and (cached := self._loras.find(key, load=self._cached_lora)) is not None:
+            if key not in found and (cached := self._loras.find(key, load=lora.load)) is not None:
                 found[key] = cached
+                self.report("LoRA", self.config.lora.steps, self.config.lora.steps, "from the cache")
         missing = {key: number for number, key in enumerate(keys) if key not in found}
         if missing:
             numbers = list(missing.values())
@@ -177,16 +178,17 @@ class Stages:
                     logger=_one_logger(loggers),
                     resume=resume,
                 )
-                trained = {number: current(row) for row, number in enumerate(good)}
-        diverged = UserError(f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}")
-        return [
-            UserError(self._not_finite)
-            if number not in trained
-            else trained[number]
-            if trained[number].is_finite
-            else diverged
-            for number in range(len(samples))
-        ]
+                outcomes: list[lora.LoRA | UserError] = [UserError(self._not_finite)] * len(samples)
+                overflowed = module.overflowed.tolist()
+                for row, number in enumerate(good):
+                    trained = current(row)
+                    if not trained.is_finite:
+                        outcomes[number] = UserError(
+                            f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}"
+                        )
+                    elif overflowed[row] <= settings.steps // 2:
+                        outcomes[number] = trained
+        return outcomes
 
     def _lesson(self, sample: EditSample, train_timesteps: int) -> Lesson:
         """What the LoRA of a sample learns from."""
@@ -204,11 +206,6 @@ class Stages:
             train_timesteps=train_timesteps,
         )
         return Lesson(posterior, embedding, draw)
-
-    def _cached_lora(self, entry: Path) -> lora.LoRA:
-        cached = lora.load(entry)
-        self.report("LoRA", self.config.lora.steps, self.config.lora.steps, "from the cache")
-        return cached
 
     def _lora_key(self, sample: EditSample, steps: int) -> str:
         return cache.digest(**self._lora_inputs(sample), steps=steps)
@@ -267,7 +264,7 @@ class Stages:
             seed=self.config.seed,
             ddim=dataclasses.asdict(self.config.ddim),
             generate=dataclasses.asdict(self.config.generate),
-            lora=[self.config.lora.path, _changed_at(self.config.lora.path)],
+            lora=_changed_at(self.config.lora.path),
         )
         if key not in self._generated:
             self._generated.clear()
@@ -308,24 +305,21 @@ class Stages:
 
     def _invert(self, pictures: Sequence[EditSample], denoiser: Denoiser, inputs: Sequence[dict[str, Any]]) -> Tensor:
         """The pictures' latents (P, C, h, w) at the drag's timestep, by DDIM inversion, or from the cache."""
-        steps = self.drag_steps_of_schedule
-
-        def load(entry: Path) -> Tensor:
-            latent = cache.load_tensor(entry).to(self.backbone.device)
-            self.report("inversion", steps, steps, "from the cache")
-            return latent
-
+        steps, scheduler = self.drag_steps_of_schedule, self._scheduler()
         keys = [
             cache.digest(
                 **own,  # the LoRA's part of it, too
                 image=cache.digest(image=picture.image),
                 prompt=picture.prompt,
-                steps=[steps, self.config.ddim.steps],
+                steps=steps,
+                timesteps=scheduler.timesteps.tolist(),
             )
             for picture, own in zip(pictures, inputs, strict=True)
         ]
-        latents = {number: self._inversions.find(key, load=load) for number, key in enumerate(keys)}
+        latents = {number: self._inversions.find(key, load=self._load_tensor) for number, key in enumerate(keys)}
         missing = [number for number, latent in latents.items() if latent is None]
+        for _ in range(len(pictures) - len(missing)):
+            self.report("inversion", steps, steps, "from the cache")
         if missing:
             with self._stage("inversion", steps) as advance, torch.no_grad():
                 # one by one: an autoencoder needs more memory than all the rest
@@ -335,7 +329,7 @@ class Stages:
                 path = ddim.invert(
                     lambda latent, t: denoiser(latent, t, missing),
                     torch.cat(clean),
-                    scheduler=self._scheduler(),
+                    scheduler=scheduler,
                     steps=steps,
                     report=lambda done: advance(done, ""),
                 )
@@ -357,8 +351,9 @@ class Stages:
     @property
     def _not_finite(self) -> str:
         return (
-            f"the picture's latent is not finite: with model.dtype={self.config.model.dtype} and autocast "
-            f"{self.autocast} the model overflows; use model.dtype=fp32 model.autocast=none"
+            "the picture's latent, or its LoRA's loss, is not finite: with model.dtype="
+            f"{self.config.model.dtype} and autocast {self.autocast} the model overflows; "
+            "use model.dtype=fp32 model.autocast=none"
         )
 
     # --------------------------------------------------------------------------------------- the drag
@@ -391,6 +386,7 @@ class Stages:
         for edit in edits:
             edit.drag = self._prepared(edit, sources[edit.picture : edit.picture + 1], denoiser, t, *alphas)
         drags = [edit.drag for edit in edits if edit.drag is not None]
+        observers = dict.fromkeys(callback for drag in drags for callback in drag.callbacks)  # edits may share one
         with self._stage("drag", max(drag.steps for drag in drags)) as advance:
             scales = [edit.sample.height / grid[0] for edit, grid in zip(edits, grids, strict=True)]
             # a CPU never waits for itself, and a step after the end costs it as much as any other
@@ -400,7 +396,7 @@ class Stages:
                 steps=max(drag.steps for drag in drags),
                 device=self.backbone.device,
                 autocast=self.autocast,
-                callbacks=[Progress(advance, px_per_grid=scales), *(c for drag in drags for c in drag.callbacks)],
+                callbacks=[Progress(advance, px_per_grid=scales), *observers],
                 logger=_one_logger([edit.request.logger for edit in edits]),
             )
         module.to(self.backbone.device)
@@ -639,8 +635,11 @@ class Stages:
                 cache.digest(weights=weights, tokens=tokens.tolist(), precision=self._precision),
                 make=lambda: self.backbone.embed(prompts),
                 save=cache.save_tensor,
-                load=lambda entry: cache.load_tensor(entry).to(self.backbone.device),
+                load=self._load_tensor,
             )
+
+    def _load_tensor(self, entry: Path) -> Tensor:
+        return cache.load_tensor(entry).to(self.backbone.device)
 
     def _to_picture(self, latent: Tensor, size: points.Size) -> np.ndarray:
         """Decode one latent and resize it to (height, width), (H, W, 3) uint8."""
@@ -735,9 +734,12 @@ def keep_rows(scheduler: Any, rows: Sequence[int]) -> None:
         scheduler.model_outputs = [value if value is None else value[list(rows)] for value in remembered]
 
 
-def _changed_at(path: str) -> int:
-    """When a file or folder was last written, ns; 0 without a path."""
-    return Path(path).expanduser().stat().st_mtime_ns if path else 0
+def _changed_at(path: str) -> list[Any]:
+    """A LoRA's file, when it was last written, ns, and its bytes; empty without a path."""
+    if not path:
+        return []
+    file = lora.file_of(Path(path).expanduser())
+    return [str(file), file.stat().st_mtime_ns, file.stat().st_size]
 
 
 def _one_logger(loggers: Sequence[Logger | None]) -> Logger | None:

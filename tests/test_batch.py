@@ -5,8 +5,10 @@ import csv
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from dragdiff.config import load_config, load_study
 from dragdiff.data.readers import write_folder
 from dragdiff.edits import EditResult, Request
 from dragdiff.errors import UserError
+from dragdiff.models.lora import Lesson, LoRAFinetune, Noise
 from dragdiff.models.trainer import Recording
 from dragdiff.modules import ddim, lora, low_rank
 from dragdiff.modules.backbone import StableDiffusion
@@ -258,6 +261,83 @@ def test_one_that_fails_takes_nothing_from_the_others(backbone):
     assert_same(first, editor(backbone).edit(SAMPLES[0]))
     assert isinstance(small, UserError) and "vanishes" in str(small)
     assert isinstance(diverged, EditResult) and "diverged at step" in diverged.stop_reason
+
+
+def test_a_sample_that_does_not_fit_takes_nothing_from_the_others(backbone):
+    long = EditSample(picture(1, (16, 200)), "a dog", [[[10, 8], [30, 8]]])  # 5 px high at the working size
+    first, bad = editor(backbone, "data.max_size=64").edit_batch([Request(SAMPLES[0]), Request(long)])
+    assert isinstance(bad, UserError)
+    assert_same(first, editor(backbone, "data.max_size=64").edit(SAMPLES[0]))
+
+
+def test_a_sample_of_another_size_than_is_generated_takes_nothing_from_the_others(backbone):
+    small = EditSample(picture(1, (32, 32)), "a dog", [[[10, 8], [30, 8]]], np.full((32, 32), 255, np.uint8))
+    first, bad = editor(backbone, "generate.enabled=true").edit_batch([Request(SAMPLES[0]), Request(small)])
+    assert isinstance(bad, UserError)
+    assert_same(first, editor(backbone, "generate.enabled=true").edit(SAMPLES[0]))
+
+
+class Counting(L.Callback):
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+
+
+def test_edits_may_share_a_callback(backbone):
+    """Which the Trainer calls once in each step."""
+    alone, shared = Counting(), Counting()
+    editor(backbone).edit(SAMPLES[0], callbacks=[alone])
+    editor(backbone).edit_batch([Request(SAMPLES[0], callbacks=[shared]), Request(SAMPLES[1], callbacks=[shared])])
+    assert alone.batches == shared.batches > 1
+
+
+def test_a_picture_whose_loss_is_not_finite_holds_back_no_other(backbone):
+    """Under a loss scaler, which leaves out a step if any gradient is not finite."""
+    scheduler = backbone.scheduler(4)
+    latent = torch.randn(2, backbone.latent_channels, *backbone.latent_size(64, 64))
+    embedding = backbone.embed(["a cat"]).detach()
+
+    def lesson(fill: float) -> Lesson:
+        def draw(step: int) -> Noise:
+            return Noise([(0, 0)] * 2, torch.zeros_like(latent), torch.full_like(latent, fill), torch.tensor([10, 500]))
+
+        return Lesson(lambda corners: (latent, torch.zeros_like(latent)), embedding, draw)
+
+    def gradients(lessons: list[Lesson]) -> tuple[LoRAFinetune, list[Tensor]]:
+        found = lora.trainable(backbone.network, TARGETS, rank=2, alpha=2.0, seed=0, pictures=2)
+        with found as (weights, _):
+            module = LoRAFinetune(backbone, weights, lessons, lr=1e-3, weight_decay=0.01, scheduler=scheduler)
+            module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()), global_step=0)
+            module.log_dict = lambda values: None
+            module.training_step(0).backward()
+            module.on_after_backward()
+            return module, [parameter.grad.clone() for parameter in module.lora if parameter.grad is not None]
+
+    _, healthy = gradients([lesson(0.5), lesson(0.7)])
+    module, mixed = gradients([lesson(0.5), lesson(float("inf"))])
+    assert module.overflowed.tolist() == [0, 1]
+    assert len(mixed) == len(healthy) > 10
+    for one, other in zip(mixed, healthy, strict=True):
+        torch.testing.assert_close(one[0], other[0])
+        assert (one[1] == 0).all() and torch.isfinite(one).all()
+    assert any((one[1] != 0).any() for one in healthy)
+
+
+def test_a_lora_whose_losses_overflow_is_not_taken_for_trained(backbone, monkeypatch):
+    """As under fp16, where a loss scaler leaves out each of its steps, so that its weights stay finite."""
+    step = LoRAFinetune.training_step
+
+    def overflows(self: LoRAFinetune, number: int) -> Tensor:
+        loss = step(self, number)
+        self.overflowed[-1] += 1
+        return loss
+
+    monkeypatch.setattr(LoRAFinetune, "training_step", overflows)
+    first, bad = editor(backbone).edit_batch([Request(SAMPLES[0]), Request(SAMPLES[1])])
+    assert isinstance(first, EditResult)
+    assert isinstance(bad, UserError) and "its LoRA's loss, is not finite" in str(bad)
 
 
 def test_a_picture_whose_latent_is_not_finite_is_the_end_of_its_own_edits(backbone, monkeypatch):

@@ -154,8 +154,10 @@ def test_two_runs_are_compared(speed, results, tmp_path, capsys):
 
 def test_results_of_another_way_to_measure_are_said_to_be(speed, results):
     now, before = json.loads(results.read_text()), json.loads(results.read_text())
-    del before["settings"]["warmup"], before["batch"]
-    assert "they also differ in warmup (none before, 2 after)" in speed.comparison(before, now)
+    del before["settings"]["warmup"], before["settings"]["peak_steps"], before["batch"]
+    assert "they also differ in warmup (none before, 2 after), peak_steps (none before, 2 after)" in speed.comparison(
+        before, now
+    )
 
 
 @pytest.mark.parametrize(

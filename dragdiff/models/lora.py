@@ -137,7 +137,13 @@ class Lesson:
 
 
 class LoRAFinetune(L.LightningModule):
-    """Trains LoRA layers that are in a backbone's network, one for each picture of a batch; owns nothing else."""
+    """Trains LoRA layers that are in a backbone's network, one for each picture of a batch; owns nothing else.
+
+    Attributes:
+        overflowed: (P,) how many steps' loss was not finite, of each picture.
+    """
+
+    overflowed: Tensor
 
     def __init__(
         self,
@@ -162,6 +168,8 @@ class LoRAFinetune(L.LightningModule):
         self._frozen = (backbone, lessons, scheduler)  # in a tuple: no submodules, no part of checkpoints
         self.lr, self.weight_decay, self.settings = lr, weight_decay, dict(settings or {})
         self.names, self.lora = list(weights), nn.ParameterList(weights.values())
+        self.register_buffer("overflowed", torch.zeros(len(lessons), dtype=torch.int64), persistent=False)
+        self._lost = self.overflowed > 0  # this step's
 
     def training_step(self, _: int) -> Tensor:
         backbone, lessons, scheduler = self._frozen
@@ -172,7 +180,17 @@ class LoRAFinetune(L.LightningModule):
         count = len(lessons)
         losses = [F.mse_loss(predicted[i::count].float(), target[i::count].float()) for i in range(count)]
         self.log_dict({each(i, "lora/loss", count): loss for i, loss in enumerate(losses)})
-        return torch.stack(losses).sum()  # no LoRA is in another's loss
+        stacked = torch.stack(losses)
+        self._lost = ~torch.isfinite(stacked.detach())
+        self.overflowed += self._lost
+        return stacked.sum()  # no LoRA is in another's loss
+
+    def on_after_backward(self) -> None:
+        """A loss scaler leaves out a step in which any gradient overflows: not because of one picture's loss."""
+        if len(self._lost) > 1 and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            for parameter in self.lora:
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(self._lost[:, None, None], 0)
 
     def _draw(self, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(clean latents, noise, timesteps, embeddings) of one picture, (B, ...) each."""

@@ -61,7 +61,9 @@ def injected(network: nn.Module, targets: Sequence[str], *, rank: int, alpha: fl
     from dragdiff.modules.peft_layer import MergedLinear
 
     if hasattr(network, "peft_config"):
-        raise UserError("the model carries adapters already: unload or fuse them before a LoRA is trained")
+        raise UserError(
+            "the model carries adapters already: unload them, or fuse and then unload them, before a LoRA is trained"
+        )
     originals = {name: module for name, module in network.named_modules() if _is_target(name, module, targets)}
     wants_gradient = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     config = LoraConfig(
@@ -272,6 +274,11 @@ def save(lora: LoRA, folder: Path) -> Path:
         partial.unlink(missing_ok=True)
 
 
+def file_of(path: Path) -> Path:
+    """The file that a path names, or that is in the folder which it names."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
 def load(path: Path) -> LoRA:
     """Read a LoRA saved by this project, by diffusers (peft or older keys), by kohya's scripts or by the reference.
 
@@ -285,7 +292,7 @@ def load(path: Path) -> LoRA:
     """
     from safetensors import SafetensorError, safe_open
 
-    file = path / FILE_NAME if path.is_dir() else path
+    file = file_of(path)
     if not file.is_file():
         raise UserError(f"no LoRA at {path}: expected a .safetensors file, or a folder with {FILE_NAME}")
     try:
