@@ -59,7 +59,7 @@ def digest(**inputs: Any) -> str:
 
 def fingerprint(*modules: nn.Module) -> str:
     """A hash of the modules' weights, as whole sums of their bits, so that neither thread count nor device matters, of
-    their configurations and of their `STATE`."""
+    their configurations, their `STATE` and the kinds of their attention processors. Hooks are not seen."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [
         (
@@ -77,13 +77,19 @@ def fingerprint(*modules: nn.Module) -> str:
         if isinstance(config, Mapping)  # diffusers'; in transformers' is nothing that its modules don't have
     ]
     state = [
-        (name, key, vars(part)[key])
+        (name, key, value)
         for module in modules
         for name, part in module.named_modules()
-        for key in STATE
-        if key in vars(part)
+        for key, value in [("processor", _kind(part)), *((key, vars(part).get(key)) for key in STATE)]
+        if value is not None and value is not False  # what is switched off is as what never was
     ]
     return digest(weights=sums, configs=json.dumps(plain, default=str), state=json.dumps(state, default=str))
+
+
+def _kind(part: nn.Module) -> str | None:
+    """Of an attention layer's processor."""
+    processor = getattr(part, "processor", None)
+    return None if processor is None else type(processor).__qualname__
 
 
 class StageCache:
@@ -116,10 +122,12 @@ class StageCache:
         try:
             value = _read(entry, load)
         except DAMAGED as error:
-            if _exists(entry):
+            if not _exists(entry):
+                return None
+            value = self._once_more(entry, load)
+            if value is None:
                 warnings.warn(f"cache entry {entry} is broken and is made again: {one_line(error)}", stacklevel=2)
-                self._remove_damaged(entry, load)
-            return None
+                return None
         except OSError as error:
             if _exists(entry):
                 warnings.warn(f"cannot read the cache entry {entry}: {one_line(error)}; it is made again", stacklevel=2)
@@ -152,6 +160,8 @@ class StageCache:
                 try:
                     save(value, partial)
                     (partial / CHECKSUM).write_bytes(_checksum(partial))
+                    for file in partial.iterdir():  # safetensors' are for the owner alone, whatever the umask
+                        file.chmod((partial / CHECKSUM).stat().st_mode)
                     size = _size(partial)
                     if self.limit and size > self.limit:
                         warnings.warn(
@@ -183,16 +193,18 @@ class StageCache:
     def __contains__(self, key: str) -> bool:
         return self.folder is not None and _exists(self.folder / key)
 
-    def _remove_damaged(self, entry: Path, load: Callable[[Path], Any]) -> None:
-        """Delete it, unless another process has made it anew by now."""
+    def _once_more(self, entry: Path, load: Callable[[Path], Any]) -> Any:
+        """What was damaged, if another process has made it anew by now; else None, and it is deleted."""
         assert self.folder is not None
         with suppress(OSError, NotImplementedError), FileLock(self.folder.parent / LOCK, timeout=LOCK_SECONDS):
             try:
-                _read(entry, load)
+                return _read(entry, load)
             except DAMAGED:
+                self._sweep()
                 gone = entry.with_name(f"{entry.name}{PARTIAL}damaged")
                 entry.replace(gone)
                 shutil.rmtree(gone, ignore_errors=True)
+        return None
 
     def _sweep(self) -> None:
         """Delete what killed writers left. Needs the lock."""

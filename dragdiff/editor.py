@@ -255,7 +255,7 @@ class Editor(Stages):
         rows = sorted({row for row, _ in missing})
 
         def keep(number: int, count: int, trained: lora.LoRA) -> None:
-            if (place := (rows[number], count)) in missing and trained.is_finite:
+            if (place := (rows[number], count)) in missing:
                 self._loras.put(keys[place], trained, save=lora.save)
 
         most = max(count for _, count in missing)

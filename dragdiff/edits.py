@@ -61,7 +61,8 @@ class Request:
 
     Attributes:
         config: in place of the editor's, with the same `shared_settings`; None = the editor's.
-        callbacks: their Trainer serves the whole batch, in whose metrics ("0:drag/loss") stands each edit's number.
+        callbacks: their Trainer serves the whole batch; where several edits run, its metrics ("0:drag/loss") begin with
+            the edit's place among them.
     """
 
     sample: EditSample

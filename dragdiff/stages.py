@@ -39,6 +39,7 @@ from dragdiff.modules.images import to_tensor, to_uint8
 from dragdiff.modules.loading import resolve_autocast
 
 Report = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, note
+LOST = 5  # losses in a row that are not finite: a single one may be under fp16, so many at the end are divergence
 PREVIEW_LATENT = 32  # previews are decoded from a latent of at most this side
 
 
@@ -162,9 +163,20 @@ class Stages:
                     settings=inputs,
                 )
 
+                def learned(row: int) -> lora.LoRA | UserError:
+                    """Up to now."""
+                    lost, made = int(module.lost[row]), current(row)
+                    if 0 < lost == module.steps_done:
+                        return UserError(self._not_finite)
+                    # a loss scaler keeps the weights finite
+                    if lost >= LOST or not made.is_finite:
+                        return UserError(f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}")
+                    return made
+
                 def keep_all(steps: int) -> None:
                     for row, number in enumerate(good):
-                        keep(number, steps, current(row))
+                        if isinstance(made := learned(row), lora.LoRA):
+                            keep(number, steps, made)
 
                 callbacks: list[L.Callback] = [Progress(advance), LoRASnapshots(snapshots, keep_all)]
                 if folder is not None and settings.save_every:
@@ -179,15 +191,8 @@ class Stages:
                     resume=resume,
                 )
                 outcomes: list[lora.LoRA | UserError] = [UserError(self._not_finite)] * len(samples)
-                overflowed = module.overflowed.tolist()
                 for row, number in enumerate(good):
-                    trained = current(row)
-                    if not trained.is_finite:
-                        outcomes[number] = UserError(
-                            f"the LoRA's training diverged: try a smaller lora.lr than {settings.lr:g}"
-                        )
-                    elif overflowed[row] <= settings.steps // 2:
-                        outcomes[number] = trained
+                    outcomes[number] = learned(row)
         return outcomes
 
     def _lesson(self, sample: EditSample, train_timesteps: int) -> Lesson:
@@ -386,7 +391,7 @@ class Stages:
         for edit in edits:
             edit.drag = self._prepared(edit, sources[edit.picture : edit.picture + 1], denoiser, t, *alphas)
         drags = [edit.drag for edit in edits if edit.drag is not None]
-        observers = dict.fromkeys(callback for drag in drags for callback in drag.callbacks)  # edits may share one
+        observers = {id(callback): callback for drag in drags for callback in drag.callbacks}  # edits may share one
         with self._stage("drag", max(drag.steps for drag in drags)) as advance:
             scales = [edit.sample.height / grid[0] for edit, grid in zip(edits, grids, strict=True)]
             # a CPU never waits for itself, and a step after the end costs it as much as any other
@@ -396,7 +401,7 @@ class Stages:
                 steps=max(drag.steps for drag in drags),
                 device=self.backbone.device,
                 autocast=self.autocast,
-                callbacks=[Progress(advance, px_per_grid=scales), *observers],
+                callbacks=[Progress(advance, px_per_grid=scales), *observers.values()],
                 logger=_one_logger([edit.request.logger for edit in edits]),
             )
         module.to(self.backbone.device)

@@ -317,7 +317,7 @@ def test_a_picture_whose_loss_is_not_finite_holds_back_no_other(backbone):
 
     _, healthy = gradients([lesson(0.5), lesson(0.7)])
     module, mixed = gradients([lesson(0.5), lesson(float("inf"))])
-    assert module.overflowed.tolist() == [0, 1]
+    assert module.lost.tolist() == [0, 1]
     assert len(mixed) == len(healthy) > 10
     for one, other in zip(mixed, healthy, strict=True):
         torch.testing.assert_close(one[0], other[0])
@@ -325,19 +325,35 @@ def test_a_picture_whose_loss_is_not_finite_holds_back_no_other(backbone):
     assert any((one[1] != 0).any() for one in healthy)
 
 
-def test_a_lora_whose_losses_overflow_is_not_taken_for_trained(backbone, monkeypatch):
-    """As under fp16, where a loss scaler leaves out each of its steps, so that its weights stay finite."""
+@pytest.mark.parametrize(("since", "words"), [(0, "its LoRA's loss, is not finite"), (2, "diverged: try a smaller")])
+def test_a_lora_whose_losses_overflow_is_not_taken_for_trained(backbone, monkeypatch, tmp_path, since, words):
+    """As under fp16, where a loss scaler leaves out each of these steps, so that its weights stay finite."""
     step = LoRAFinetune.training_step
 
     def overflows(self: LoRAFinetune, number: int) -> Tensor:
         loss = step(self, number)
-        self.overflowed[-1] += 1
+        self.lost[-1] = max(0, self.steps_done - since)
         return loss
 
     monkeypatch.setattr(LoRAFinetune, "training_step", overflows)
-    first, bad = editor(backbone).edit_batch([Request(SAMPLES[0]), Request(SAMPLES[1])])
+    both = editor(backbone, "lora.steps=8", "cache.enabled=true", f"cache.folder={tmp_path}")
+    both.share_loras(SAMPLES[:2], [1, 8])  # the second's first step is good if it diverges later
+    assert len([path for path in (tmp_path / "lora").iterdir() if path.is_dir()]) == (2 if since == 0 else 3)
+    first, bad = both.edit_batch([Request(SAMPLES[0]), Request(SAMPLES[1])])
     assert isinstance(first, EditResult)
-    assert isinstance(bad, UserError) and "its LoRA's loss, is not finite" in str(bad)
+    assert isinstance(bad, UserError) and words in str(bad)
+
+
+def test_single_losses_that_overflow_are_no_divergence(backbone, monkeypatch):
+    step = LoRAFinetune.training_step
+
+    def overflows(self: LoRAFinetune, number: int) -> Tensor:
+        loss = step(self, number)
+        self.lost[:] = self.steps_done % 2
+        return loss
+
+    monkeypatch.setattr(LoRAFinetune, "training_step", overflows)
+    assert isinstance(editor(backbone).edit(SAMPLES[0]), EditResult)
 
 
 def test_a_picture_whose_latent_is_not_finite_is_the_end_of_its_own_edits(backbone, monkeypatch):

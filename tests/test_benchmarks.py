@@ -133,10 +133,11 @@ def test_the_most_memory_in_use_is_seen(speed):
     highest = speed.Highest(torch.device("cpu"))
     before = psutil.Process().memory_info().rss / 2**20
     highest.start()
-    held = np.ones(256 * 2**20, np.uint8)
-    time.sleep(0.1)  # it looks every 5 ms
+    held, until = np.ones(256 * 2**20, np.uint8), time.monotonic() + 10
+    while highest.most < before + 192 and time.monotonic() < until:
+        time.sleep(0.01)
     del held
-    assert highest.stop() - before == pytest.approx(256, abs=64)
+    assert 192 < highest.stop() - before < 512
 
 
 def test_two_runs_are_compared(speed, results, tmp_path, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -151,8 +152,9 @@ def test_entry_that_another_has_made_anew_meanwhile_stays(tmp_path):
         return load(folder)
 
     get(tmp_path)
-    with pytest.warns(UserWarning, match="broken"):
-        assert get(tmp_path, make=lambda: 3, load=first_damaged) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert get(tmp_path, make=never, load=first_damaged) == [1, 2]
     assert len(tries) == 2
     assert get(tmp_path, make=never) == [1, 2]
 
@@ -160,10 +162,11 @@ def test_entry_that_another_has_made_anew_meanwhile_stays(tmp_path):
 def test_entries_can_be_read_by_whom_the_umask_lets(tmp_path):
     before = os.umask(0o022)
     try:
-        get(tmp_path)
+        get(tmp_path, make=lambda: torch.ones(3), save=cache.save_tensor, load=cache.load_tensor)
     finally:
         os.umask(before)
-    assert (tmp_path / "k").stat().st_mode & 0o777 == 0o755
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "k", *(tmp_path / "k").iterdir()]}
+    assert modes == {"k": 0o755, cache.TENSOR: 0o644, cache.CHECKSUM: 0o644}
 
 
 # ------------------------------------------------------------------------------------------- limit
@@ -520,6 +523,10 @@ def freeu(pipeline, value):
     pipeline.unet.enable_freeu(s1=value, s2=value, b1=1.0, b2=1.0)
 
 
+def processor(pipeline, value):
+    pipeline.unet.set_attn_processor(value())
+
+
 def tiling(pipeline, value):
     pipeline.vae.use_tiling = value
 
@@ -534,6 +541,7 @@ def scaling_factor(pipeline, value):
         (adapter_strength, (0.5, 1.0)),
         (steps_offset, (1, 0)),
         (freeu, (0.9, 0.5)),
+        (processor, (AttnProcessor2_0, AttnProcessor)),
         (tiling, (False, True)),
         (scaling_factor, (0.18, 0.2)),
     ],
@@ -552,6 +560,17 @@ def test_inversion_is_computed_for_each_state_of_an_owners_model(change, values,
         editor.edit(sample)
         made.append("inversion" in computed)
     assert made == [True, True, False]
+
+
+def test_what_is_switched_off_again_is_as_what_never_was(edits):
+    pipeline = edits[0].backbone.pipeline
+    before = cache.fingerprint(pipeline.unet, pipeline.vae)
+    freeu(pipeline, 0.5)
+    tiling(pipeline, True)
+    assert cache.fingerprint(pipeline.unet, pipeline.vae) != before
+    pipeline.unet.disable_freeu()
+    tiling(pipeline, False)
+    assert cache.fingerprint(pipeline.unet, pipeline.vae) == before
 
 
 def test_an_error_in_a_report_costs_no_entry(edits):

@@ -140,10 +140,11 @@ class LoRAFinetune(L.LightningModule):
     """Trains LoRA layers that are in a backbone's network, one for each picture of a batch; owns nothing else.
 
     Attributes:
-        overflowed: (P,) how many steps' loss was not finite, of each picture.
+        steps_done: in this run, which may have been resumed.
+        lost: (P,) how many of the last of them had a loss that was not finite, of each picture.
     """
 
-    overflowed: Tensor
+    lost: Tensor
 
     def __init__(
         self,
@@ -168,8 +169,8 @@ class LoRAFinetune(L.LightningModule):
         self._frozen = (backbone, lessons, scheduler)  # in a tuple: no submodules, no part of checkpoints
         self.lr, self.weight_decay, self.settings = lr, weight_decay, dict(settings or {})
         self.names, self.lora = list(weights), nn.ParameterList(weights.values())
-        self.register_buffer("overflowed", torch.zeros(len(lessons), dtype=torch.int64), persistent=False)
-        self._lost = self.overflowed > 0  # this step's
+        self.steps_done = 0
+        self.register_buffer("lost", torch.zeros(len(lessons), dtype=torch.int64), persistent=False)
 
     def training_step(self, _: int) -> Tensor:
         backbone, lessons, scheduler = self._frozen
@@ -181,16 +182,16 @@ class LoRAFinetune(L.LightningModule):
         losses = [F.mse_loss(predicted[i::count].float(), target[i::count].float()) for i in range(count)]
         self.log_dict({each(i, "lora/loss", count): loss for i, loss in enumerate(losses)})
         stacked = torch.stack(losses)
-        self._lost = ~torch.isfinite(stacked.detach())
-        self.overflowed += self._lost
+        self.lost = torch.where(torch.isfinite(stacked.detach()), 0, self.lost + 1)
+        self.steps_done += 1
         return stacked.sum()  # no LoRA is in another's loss
 
     def on_after_backward(self) -> None:
         """A loss scaler leaves out a step in which any gradient overflows: not because of one picture's loss."""
-        if len(self._lost) > 1 and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if len(self.lost) > 1 and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             for parameter in self.lora:
                 if parameter.grad is not None:
-                    parameter.grad.masked_fill_(self._lost[:, None, None], 0)
+                    parameter.grad.masked_fill_((self.lost > 0)[:, None, None], 0)
 
     def _draw(self, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(clean latents, noise, timesteps, embeddings) of one picture, (B, ...) each."""
