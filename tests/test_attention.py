@@ -98,7 +98,7 @@ def test_recorded_calls_are_controlled_and_no_others(backbone, unet):
         if hasattr(module, "processor"):
             module.set_processor(Watching(module.processor, calls))
     try:
-        edits, _ = editor._begin([Request(sample)], [sample], {})
+        edits, _ = editor._begin([Request(sample)], {}, {})
         edits[0].drag = SimpleNamespace(latent=random(1, 4, 16, 16, seed=1))
         denoiser = Denoiser(backbone, TEXT[None])
         editor._denoise(edits, random(1, 4, 16, 16), denoiser, editor._scheduler(), [{}])
