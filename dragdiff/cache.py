@@ -194,7 +194,10 @@ class StageCache:
         return self.folder is not None and _exists(self.folder / key)
 
     def _once_more(self, entry: Path, load: Callable[[Path], Any]) -> Any:
-        """What was damaged, if another process has made it anew by now; else None, and it is deleted."""
+        """What was damaged, if another process has made it anew by now; else None, and it is deleted.
+
+        In a cache that can only be read, or where no lock can be had, it stays.
+        """
         assert self.folder is not None
         with suppress(OSError, NotImplementedError), FileLock(self.folder.parent / LOCK, timeout=LOCK_SECONDS):
             try:

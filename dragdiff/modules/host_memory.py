@@ -139,8 +139,8 @@ def freed_at_once() -> Iterator[None]:
 def kept_for_reuse() -> Iterator[None]:
     """While it lasts, what is freed stays for what comes next; the system would have to clear it again, page by page.
 
-    Of Stable Diffusion 1.5 that is 3 % of a drag's step, and a tenth of a LoRA's with its batch of 4. With glibc only,
-    in a process's main thread; for work that needs the same blocks again and again, as the room between them is lost to
+    Of Stable Diffusion 1.5 that is 3 % of a drag's step, and 4 % of a LoRA's with a batch of 2. With glibc only, in a
+    process's main thread; for work that needs the same blocks again and again, as the room between them is lost to
     larger ones.
     """
     with _allocator({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER}) as trim:
