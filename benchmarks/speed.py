@@ -8,8 +8,10 @@
 Everything measured runs through `Editor.edit`: its reports of progress start and stop the clock. A stage's first steps
 are not counted (they set up the Trainer, encode the picture, get memory from the system that the others use again),
 those after them are averaged; decoding has one step, which is. A bare forward of the same batch and precision runs just
-before each stage and just after it (LoRA: only before), twice for the same reason, of which the second counts; a ratio
-is the median over the repetitions of the stage by the mean of the forwards. Speed does not depend on the weights. What
+before each stage and just after it, twice for the same reason, of which the second counts; a ratio is the median over
+the repetitions of the stage by the mean of the forwards. They run in a process of their own, with the model once more:
+in that of an edit they would gain from what it sets there, on a CPU by memory that is kept for reuse, and would not be
+what a user has without it. Speed does not depend on the weights. What
 `compile=true` compiles, and compares with what it replaces, it does in a stage's first step; the forward, the counts
 and the framework's share are never compiled, so that ratios can be compared. On a CPU with one thread the clock is the
 process's CPU time, else the wall's. Peaks of memory are measured apart, each stage in a process of its own: on a CPU
@@ -274,6 +276,13 @@ class Clock:
         return self() - before
 
 
+def make_clock(settings: BenchmarkConfig, device: torch.device) -> Clock:
+    """The process's clock, with its threads set."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return Clock(device, "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall")
+
+
 def operations(
     settings: BenchmarkConfig, backbone: StableDiffusion, adapter: str, names: Sequence[str]
 ) -> dict[str, float]:
@@ -308,25 +317,38 @@ def times(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     forwards: dict[str, list[float]] = {name: [] for name in names}
 
-    for repeat in range(settings.repeats):
-        for measured in _edits(names):
-            edit = editor(settings, backbone, steps=steps, adapter=_adapter(measured, adapter))
-            around: dict[str, list[float]] = {name: [] for name in measured}
+    alone = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=alone, initializer=_load_alone, initargs=(settings,)) as pool:
+        for repeat in range(settings.repeats):
+            for measured in _edits(names):
+                edit = editor(settings, backbone, steps=steps, adapter=_adapter(measured, adapter))
+                around: dict[str, list[float]] = {name: [] for name in measured}
 
-            def time_forward(
-                name: str, step: int, edit: Editor = edit, around: dict[str, list[float]] = around
-            ) -> None:
-                if not (step and name == "lora"):  # whose own layers are in the network then
-                    stage = STAGES[name]
-                    forward = bare_forward(edit, settings.size, rows=stage.rows, autocast=stage.autocast)
-                    forward()
-                    around[name].append(clock.time(forward))
+                def time_forward(name: str, step: int, around: dict[str, list[float]] = around) -> None:
+                    around[name].append(pool.submit(_forward_seconds, STAGES[name]).result())
 
-            for name, took in step_seconds(edit, measured, settings, clock, aside=time_forward).items():
-                seconds[name].append(took)
-                forwards[name].append(mean(around[name]))
-        print(f"repetition {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)
+                for name, took in step_seconds(edit, measured, settings, clock, aside=time_forward).items():
+                    seconds[name].append(took)
+                    forwards[name].append(mean(around[name]))
+            print(f"repetition {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)
     return seconds, forwards
+
+
+_alone: tuple[Editor, int, Clock]  # in the process of the bare forwards: their model, side of the picture, and clock
+
+
+def _load_alone(settings: BenchmarkConfig) -> None:
+    global _alone
+    backbone = load(settings)
+    _alone = editor(settings, backbone, steps=1, adapter=""), settings.size, make_clock(settings, backbone.device)
+
+
+def _forward_seconds(stage: Stage) -> float:
+    """Seconds of the bare forward that a stage is compared with."""
+    edit, size, clock = _alone
+    forward = bare_forward(edit, size, rows=stage.rows, autocast=stage.autocast)
+    forward()
+    return clock.time(forward)
 
 
 def step_seconds(
@@ -542,18 +564,16 @@ class Highest(threading.Thread):
 def measure(settings: BenchmarkConfig) -> dict[str, Any]:
     """All that the settings ask for, as plain values for JSON."""
     names = _chosen(settings)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     stages: dict[str, dict[str, float]] = {name: {} for name in names}
     results: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings) | {"peak_steps": PEAK_STEPS},
+        "settings": dataclasses.asdict(settings) | {"peak_steps": PEAK_STEPS, "forwards": "alone"},
         "stages": stages,
     }
     with tempfile.TemporaryDirectory() as folder:
         backbone = load(settings)
         adapter = _random_lora(backbone, Path(folder))
         device = backbone.device
-        clock = Clock(device, "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall")
+        clock = make_clock(settings, device)
         results |= {"clock": clock.kind, "machine": _machine(device)}
         if settings.repeats:
             results["overhead"] = overhead(settings, clock)  # first, while memory is as the system gave it

@@ -123,6 +123,19 @@ def test_nothing_is_compiled_in_a_step_that_is_measured(speed):
         assert before <= first == later[-1]
 
 
+def test_a_bare_forward_runs_where_no_edit_has_changed_anything(speed, monkeypatch):
+    def here(*args, **kwargs):
+        raise AssertionError("it ran in the process of the edit")
+
+    settings = BenchmarkConfig(model="tiny", size=64, repeats=1)
+    backbone = speed.load(settings)
+    monkeypatch.setattr(speed, "bare_forward", here)
+    seconds, forwards = speed.times(
+        settings, backbone, "", ["lora", "decode"], speed.make_clock(settings, backbone.device)
+    )
+    assert all(took > 0 for name in ("lora", "decode") for took in (*seconds[name], *forwards[name]))
+
+
 def test_memory_of_a_stage(speed):
     """In a process of its own: elsewhere what others have freed may go back to the system meanwhile."""
     found = speed.peaks(BenchmarkConfig(model="tiny", size=64), "", ["lora"])["lora"]
@@ -155,10 +168,13 @@ def test_two_runs_are_compared(speed, results, tmp_path, capsys):
 
 def test_results_of_another_way_to_measure_are_said_to_be(speed, results):
     now, before = json.loads(results.read_text()), json.loads(results.read_text())
-    del before["settings"]["warmup"], before["settings"]["peak_steps"], before["batch"]
-    assert "they also differ in warmup (none before, 2 after), peak_steps (none before, 2 after)" in speed.comparison(
-        before, now
-    )
+    for key in ("warmup", "peak_steps", "forwards"):
+        del before["settings"][key]
+    del before["batch"]
+    assert (
+        "they also differ in warmup (none before, 2 after), peak_steps (none before, 2 after), "
+        "forwards (none before, alone after)"
+    ) in speed.comparison(before, now)
 
 
 @pytest.mark.parametrize(
