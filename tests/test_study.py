@@ -588,6 +588,15 @@ def test_mean_distance_in_the_files_order_as_the_published_script(file, tmp_path
     np.testing.assert_array_equal(measured(plan_of(together), store).values("default", "distance")["dogs-a"], by_itself)
 
 
+def test_a_worker_with_a_device_of_its_own(file):
+    """As each has on a machine with several GPUs; the task's settings leave the device open."""
+    settings = load_study(file()).settings
+    plan = plan_of(file(settings=settings | {"model.device": "auto"}))
+    task = next(task for task in plan.tasks if task.config)
+    (outcome,) = Worker(plan.study, "cpu").run([task])
+    assert not outcome.failure and len(outcome.scores) == 2
+
+
 def test_identity_scores_the_drags_length(file):
     """On samples of DragBench and Drag100: with the same noise for both pictures a handle is found where it was."""
     settings = {"path": load_study(file()).settings["model.path"], "device": "cpu"}

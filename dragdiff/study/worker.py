@@ -223,7 +223,10 @@ class Worker:
     def _edit(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError]:
         for steps in {task.lora_steps for task in tasks if len(task.lora_steps) > 1}:
             editor.share_loras([task.subject.sample for task in tasks if task.lora_steps == steps], steps)
-        return editor.edit_batch([Request(task.subject.sample, task.config) for task in tasks])
+        configs = [dataclasses.replace(task.config, model=editor.config.model) for task in tasks if task.config]
+        return editor.edit_batch(
+            [Request(task.subject.sample, config) for task, config in zip(tasks, configs, strict=True)]
+        )
 
     def _measure(self, editor: Editor, results: Sequence[EditResult | UserError]) -> None:
         """Find out how many edits fit into the GPU's memory, from what one of these needed."""
