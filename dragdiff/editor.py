@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -361,6 +362,8 @@ class OneModel:
         """
         if self._editor is None or self._loaded != config.model:
             self._editor = None  # the memory of the model before is free before the next is loaded
+            gc.collect()  # Trainers are cycles, by which it would stay
+            torch.cuda.empty_cache()
             self._editor = Editor(config, load_backbone(config.model))
             self._loaded = copy.copy(config.model)
         return self._editor.reconfigured(config)

@@ -2,6 +2,7 @@
 
 import csv
 import random
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,9 +18,11 @@ from PIL import Image
 
 from dragdiff import Editor, EditResult, EditSample, Request
 from dragdiff.config import load_config
+from dragdiff.editor import OneModel
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
 from dragdiff.modules.backbone import StableDiffusion
+from dragdiff.modules.loading import load_backbone
 from dragdiff.output import HANDLE
 
 QUICK = [
@@ -359,3 +362,19 @@ def test_somebody_who_watches_sees_each_step_and_changes_nothing(tiny_sd):
     assert [preview is not None for _, _, preview in seen] == [True, False, True, False]
     assert all(np.array_equal(seen[step][2], picture) for step, picture, _ in watched.frames)
     assert np.array_equal(editor.edit(sample).image, watched.image)
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(tiny_sd, tiny_pipeline, monkeypatch):
+    models: list[weakref.ref[StableDiffusion]] = []
+
+    def load(settings):
+        assert not any(model() for model in models)
+        backbone = load_backbone(settings)
+        models.append(weakref.ref(backbone))
+        return backbone
+
+    monkeypatch.setattr("dragdiff.editor.load_backbone", load)
+    one = OneModel()
+    for folder in (tiny_sd, tiny_pipeline):
+        one.editor(load_config(overrides=[*QUICK, f"model.path={folder}"])).edit(SAMPLE)
+    assert len(models) == 2
