@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import multiprocessing
@@ -47,8 +48,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dragdiff import Editor, EditSample, Request
+from dragdiff.callbacks import DragCallback
 from dragdiff.config import BenchmarkConfig, Config, describe, find_overlay, load_benchmark, load_config
 from dragdiff.errors import UserError
+from dragdiff.models.drag import Drag
 from dragdiff.modules import ddim, lora, motion, points, tracking
 from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.features import FeatureMap, forward_with_features
@@ -203,13 +206,16 @@ def run_edit(
     *,
     count: int = 1,
     logger: Logger | None = None,
+    callbacks: Sequence[DragCallback] = (),
 ) -> None:
     """Edit until the stages of these names are done.
 
     Args:
-        watch: told of a measured stage, the steps done in it and its steps in all.
+        watch: told of a measured stage, the steps done in it and its steps in all; on a GPU of a drag's only when the
+            host looks at it.
         count: pictures that are edited at once.
         logger: of the first.
+        callbacks: of each drag.
     """
     names = {STAGES[name].reports: name for name in measured}
     done: set[str] = set()
@@ -225,7 +231,9 @@ def run_edit(
     try:
         # not `edit_batch`, which would go on in halves where memory is too small
         samples = [make_sample(size, masked=STAGES[measured[0]].masked, number=number) for number in range(count)]
-        edit._edit_batch([Request(s, logger=None if number else logger) for number, s in enumerate(samples)])
+        edit._edit_batch(
+            [Request(s, logger=None if number else logger, callbacks=callbacks) for number, s in enumerate(samples)]
+        )
     except _Enough:
         pass
     finally:
@@ -268,6 +276,8 @@ class Clock:
     def __call__(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.process_time() if self.kind == "cpu" else time.perf_counter()
 
     def time(self, action: Callable[[], Any]) -> float:
@@ -351,6 +361,16 @@ def _forward_seconds(stage: Stage) -> float:
     return clock.time(forward)
 
 
+class Look(DragCallback):
+    """Has the host look at a drag after so many steps, and so report it; a GPU then waits for it."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def reads(self, drag: Drag) -> bool:
+        return drag.steps_done + 1 == self.after
+
+
 def step_seconds(
     edit: Editor,
     measured: Sequence[str],
@@ -379,7 +399,7 @@ def step_seconds(
         if step == total - counted:
             started = clock()
 
-    run_edit(edit, measured, settings.size, watch, count=count)
+    run_edit(edit, measured, settings.size, watch, count=count, callbacks=[Look(settings.warmup)])
     return found
 
 
@@ -578,10 +598,13 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
         if settings.repeats:
             results["overhead"] = overhead(settings, clock)  # first, while memory is as the system gave it
             gflop = operations(settings, backbone, adapter, names)
-            roof = matmul_gflops(clock, DTYPES[settings.dtype])
+            half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(_autocast(settings, backbone))
+            plain = DTYPES[settings.dtype]
+            roofs = {dtype: matmul_gflops(clock, dtype) for dtype in {plain, half or plain}}
             seconds, forwards = times(settings, backbone, adapter, names, clock)
-            results |= {"roof_gflop_per_s": round(roof), "forward_gflop": gflop["forward"]}
+            results |= {"roof_gflop_per_s": round(roofs[plain]), "forward_gflop": gflop["forward"]}
             for name, stage in stages.items():
+                roof = roofs[half or plain if STAGES[name].autocast else plain]
                 ratios = [step / forward for step, forward in zip(seconds[name], forwards[name], strict=True)]
                 stage |= {
                     "ratio": median(ratios),
@@ -595,6 +618,8 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
             if settings.batch > 1:
                 results["batch"] = together(settings, backbone, clock)
         del backbone
+        gc.collect()  # Trainers are cycles, by which it would stay
+        torch.cuda.empty_cache()
         if settings.memory_peaks:
             for name, found in peaks(settings, adapter, names).items():
                 stages[name] |= found
@@ -606,6 +631,10 @@ def _chosen(settings: BenchmarkConfig) -> list[str]:
     if unknown:
         raise UserError(f"stages names {unknown[0]!r}: there are {', '.join(STAGES)}")
     return [name for name in STAGES if name in settings.stages or not settings.stages]
+
+
+def _autocast(settings: BenchmarkConfig, backbone: StableDiffusion) -> str:
+    return editor(settings, backbone, steps=1, adapter="").autocast
 
 
 def _random_lora(backbone: StableDiffusion, folder: Path) -> str:

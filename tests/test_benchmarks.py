@@ -1,6 +1,7 @@
 """benchmarks/speed.py with its tiny model: it runs, counts and compares; no figure of time is asserted."""
 
 import importlib
+import itertools
 import json
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dragdiff.config import BenchmarkConfig
+from dragdiff.models.drag import LatentDrag
 from dragdiff.modules.compilation import Compilation
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -121,6 +123,14 @@ def test_nothing_is_compiled_in_a_step_that_is_measured(speed):
     assert backbone.compilation.enabled and graphs
     for before, first, *later in counted.values():
         assert before <= first == later[-1]
+
+
+def test_a_drag_is_timed_from_the_same_step_where_the_host_looks_at_some_only(speed, monkeypatch):
+    """As on a GPU. The clock has ticked once between the end of the first two steps and that of the third."""
+    settings, ticks = BenchmarkConfig(model="tiny", size=64, warmup=2, steps=1), itertools.count(100)
+    edit = speed.editor(settings, speed.load(settings), steps=3, adapter="")
+    monkeypatch.setattr("dragdiff.stages.LatentDrag", lambda *args, look_every: LatentDrag(*args, look_every=8))
+    assert speed.step_seconds(edit, ["drag, mask"], settings, lambda: next(ticks)) == {"drag, mask": 1}
 
 
 def test_a_bare_forward_runs_where_no_edit_has_changed_anything(speed, monkeypatch):
