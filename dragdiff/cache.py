@@ -61,15 +61,10 @@ def fingerprint(*modules: nn.Module) -> str:
     """A hash of the modules' weights, as whole sums of their bits, so that neither thread count nor device matters, of
     their configurations, their `STATE` and the kinds of their attention processors. Hooks are not seen."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [
-        (
-            name,
-            list(weight.shape),
-            int(weight.detach().contiguous().view(bits[weight.element_size()]).sum(dtype=torch.int64)),
-        )
-        for module in modules
-        for name, weight in module.named_parameters()
-    ]
+    weights = [(name, weight.detach()) for module in modules for name, weight in module.named_parameters()]
+    totals = [w.contiguous().view(bits[w.element_size()]).sum(dtype=torch.int64) for _, w in weights]
+    numbers = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else []  # one transfer
+    sums = [(name, list(w.shape), number) for (name, w), number in zip(weights, numbers, strict=True)]
     configs = [getattr(module, "config", None) for module in modules]
     plain = [
         {name: value for name, value in config.items() if not name.startswith("_")}  # where it is from, and versions

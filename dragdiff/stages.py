@@ -492,6 +492,7 @@ class Stages:
             return []
         settings, backbone = self.config.control, self.backbone
         steps, rows = self.drag_steps_of_schedule, [edit.picture for edit in edits]
+        own_rows = None if rows == list(range(len(sources))) else torch.tensor(rows, device=sources.device)
 
         def uncontrolled(latents: Tensor, t: Tensor) -> Tensor:
             return denoiser(latents, t, rows)
@@ -503,7 +504,10 @@ class Stages:
 
             def controlled(latents: Tensor, t: Tensor) -> Tensor:
                 step, states = next(reference)
-                states = self._rows_of(states, rows, len(sources)) if step >= settings.start_step else {}
+                if step < settings.start_step:
+                    states = {}
+                elif own_rows is not None:
+                    states = self._rows_of(states, own_rows, len(sources))
                 with attention.mutual_self_attention(backbone.network, layers, states):
                     return uncontrolled(latents, t)
 
@@ -525,11 +529,12 @@ class Stages:
         return images
 
     @staticmethod
-    def _rows_of(states: attention.States, pictures: Sequence[int], count: int) -> attention.States:
+    def _rows_of(states: attention.States, pictures: Tensor, count: int) -> attention.States:
         """States of `count` pictures (in each guidance branch) as those of the pictures of a batch's rows."""
-        if list(pictures) == list(range(count)):
-            return states
-        return {name: value.unflatten(0, (-1, count))[:, pictures].flatten(0, 1) for name, value in states.items()}
+        return {
+            name: value.unflatten(0, (-1, count)).index_select(1, pictures).flatten(0, 1)
+            for name, value in states.items()
+        }
 
     def _reference(
         self,
@@ -677,6 +682,8 @@ class Stages:
         try:
             with kept_for_reuse() if self._on_cpu and self.config.model.memory == "normal" else nullcontext():
                 yield lambda done, note: self.report(name, done, total, note)
+            if self.backbone.device.type == "cuda":  # what a GPU still has to do is this stage's
+                torch.cuda.synchronize(self.backbone.device)
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

@@ -227,7 +227,7 @@ class LatentDrag(L.LightningModule):
 
     Attributes:
         looking: whether the host knows all at the end of this step. Between these steps it reads nothing from the
-            device and makes it wait for nothing. (Under fp16 autocast Lightning's loss scaler reads a flag in each.)
+            device and makes it wait for nothing.
     """
 
     def __init__(self, probe: Probe, drags: Sequence[Drag], *, look_every: int) -> None:
@@ -309,7 +309,9 @@ class LatentDrag(L.LightningModule):
             drag.stop(drag.stop_reason or "steps")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([{"params": [drag.latent], "lr": drag.lr} for drag in self.drags])
+        # fused, it leaves out by itself a step that overflowed; else the loss scaler has the host read whether it did
+        fused = all(drag.latent.is_cuda for drag in self.drags)
+        return torch.optim.Adam([{"params": [drag.latent], "lr": drag.lr} for drag in self.drags], fused=fused)
 
 
 def _to_host(parts: Sequence[dict[str, Tensor | float]]) -> None:

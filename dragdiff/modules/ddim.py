@@ -71,12 +71,13 @@ def invert(
     """
     path = [latent]
     first = len(scheduler.timesteps) - steps
+    timesteps = scheduler.timesteps.to(latent.device)  # one by one, each would have a GPU wait
     for index in reversed(range(first, len(scheduler.timesteps))):
         t = scheduler.timesteps[index]
         path.append(
             move(
                 path[-1],
-                predict(path[-1], t),
+                predict(path[-1], timesteps[index]),
                 alpha=alpha_before(scheduler, index),
                 alpha_to=scheduler.alphas_cumprod[int(t)],
                 prediction_type=scheduler.config.prediction_type,
@@ -109,7 +110,8 @@ def path_down(predict: Predict, latent: Tensor, *, scheduler: Any, start: int) -
     """As `sample`, one step at a time: the latent after each step."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
-    for t in scheduler.timesteps[start:]:
+    timesteps = scheduler.timesteps[start:]
+    for t, on_device in zip(timesteps, timesteps.to(latent.device), strict=True):
         with torch.no_grad():
-            latent = scheduler.step(predict(latent, t), t, latent).prev_sample
+            latent = scheduler.step(predict(latent, on_device), t, latent).prev_sample
         yield latent
