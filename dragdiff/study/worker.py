@@ -223,9 +223,13 @@ class Worker:
     def _edit(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError]:
         for steps in {task.lora_steps for task in tasks if len(task.lora_steps) > 1}:
             editor.share_loras([task.subject.sample for task in tasks if task.lora_steps == steps], steps)
-        configs = [dataclasses.replace(task.config, model=editor.config.model) for task in tasks if task.config]
+        model = editor.config.model  # with this worker's device
         return editor.edit_batch(
-            [Request(task.subject.sample, config) for task, config in zip(tasks, configs, strict=True)]
+            [
+                Request(task.subject.sample, dataclasses.replace(task.config, model=model))
+                for task in tasks
+                if task.config
+            ]
         )
 
     def _measure(self, editor: Editor, results: Sequence[EditResult | UserError]) -> None:
