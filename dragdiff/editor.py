@@ -65,7 +65,7 @@ class Editor(Stages):
         named_lora(config)
         super().__init__(config, backbone or load_backbone(config.model), report)
         check_blocks(config, self.backbone.feature_block, self.backbone.self_attention_layers)
-        self.ran_together = 0  # edits of the last batch
+        self.ran_together = 0  # edits of the last batch, or pictures whose LoRAs were trained
 
     @classmethod
     def from_config(cls, *files: str | Path, overrides: Sequence[str] = (), **kwargs: Any) -> Editor:
@@ -103,9 +103,8 @@ class Editor(Stages):
     def edit_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
         """Drag several samples at once: their LoRAs are trained in one batch, their latents dragged in one.
 
-        Results are those of `edit` but for rounding. (Under fp16 autocast a gradient that overflows in one holds all
-        back for that step.) The samples' pictures may be the same, then they share what depends on nothing else. Where
-        a GPU's memory is too small for all at once, they go on in halves.
+        Results are those of `edit` but for rounding. The samples' pictures may be the same, then they share what
+        depends on nothing else. Where a GPU's memory is too small for all at once, they go on in halves.
 
         Args:
             requests: whose pictures have latents of one size, see `size_class`.
@@ -122,7 +121,6 @@ class Editor(Stages):
             if len(requests) == 1:
                 raise
         # outside of the clause the error is gone, and with it what it holds
-        self.forget()
         warnings.warn(
             f"the device's memory is too small for {len(requests)} edits at once: they go on in halves", stacklevel=2
         )
@@ -131,6 +129,7 @@ class Editor(Stages):
                 request.logger.clear()
         middle, results = len(requests) // 2, []
         for half in (requests[:middle], requests[middle:]):
+            self.forget()
             try:
                 results += self.edit_batch(half)
             except torch.OutOfMemoryError:  # what the other half has made is not lost
@@ -139,8 +138,7 @@ class Editor(Stages):
 
     def _edit_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
         self.seconds = {}
-        if self.backbone.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.backbone.device)
+        self._begin_together()
         self._check_batch(requests)
         scheduler = self._scheduler()
         path: list[Tensor] = []
@@ -247,8 +245,30 @@ class Editor(Stages):
         return trained
 
     def share_loras(self, samples: Sequence[EditSample], steps: Collection[int]) -> None:
-        """Train each sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
+        """Train each sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way.
+
+        Where a GPU's memory is too small for all at once, they go on in halves.
+        """
         samples = list({self._lora_key(w, 0): w for w in map(self._working, samples)}.values())  # each picture once
+        try:
+            self._share_loras(samples, steps)
+            return
+        except torch.OutOfMemoryError:
+            if len(samples) == 1:
+                raise
+        middle = len(samples) // 2
+        for half in (samples[:middle], samples[middle:]):
+            self.forget()
+            self.share_loras(half, steps)
+
+    def _begin_together(self) -> None:
+        """What was run before, and its peak of memory, does not count."""
+        self.ran_together = 0
+        if self.backbone.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.backbone.device)
+
+    def _share_loras(self, samples: Sequence[EditSample], steps: Collection[int]) -> None:
+        self._begin_together()
         keys = {(row, count): self._lora_key(sample, count) for row, sample in enumerate(samples) for count in steps}
         missing = [place for place, key in keys.items() if key not in self._loras]
         if not missing or not self.config.cache.enabled:
@@ -265,6 +285,7 @@ class Editor(Stages):
         self.reconfigured(dataclasses.replace(self.config, lora=longest))._train_loras(
             [samples[row] for row in rows], [None] * len(rows), snapshots=steps, keep=keep
         )
+        self.ran_together = len(rows)
 
     def reconfigured(self, config: Config) -> Editor:
         """An editor with other settings, but the same model, `config.model` notwithstanding, and what it has in memory.
@@ -281,6 +302,7 @@ class Editor(Stages):
         self._references.clear()
         self._generated.clear()
         if self.backbone.device.type == "cuda":
+            gc.collect()  # a Trainer that failed is a cycle
             torch.cuda.empty_cache()
 
     def without_memory(self) -> Editor:

@@ -178,7 +178,8 @@ class Stages:
                         if isinstance(made := learned(row), lora.LoRA):
                             keep(number, steps, made)
 
-                callbacks: list[L.Callback] = [Progress(advance), LoRASnapshots(snapshots, keep_all)]
+                progress = Progress(advance, look_every=self._look_every)
+                callbacks: list[L.Callback] = [progress, LoRASnapshots(snapshots, keep_all)]
                 if folder is not None and settings.save_every:
                     callbacks.append(LoRACheckpoint(lambda: current(0), folder, every=settings.save_every))
                 fit(
@@ -394,8 +395,7 @@ class Stages:
         observers = {id(callback): callback for drag in drags for callback in drag.callbacks}  # edits may share one
         with self._stage("drag", max(drag.steps for drag in drags)) as advance:
             scales = [edit.sample.height / grid[0] for edit, grid in zip(edits, grids, strict=True)]
-            # a CPU never waits for itself, and a step after the end costs it as much as any other
-            module = LatentDrag(probe, drags, look_every=1 if self._on_cpu else LOOK_EVERY)
+            module = LatentDrag(probe, drags, look_every=self._look_every)
             fit(
                 module,
                 steps=max(drag.steps for drag in drags),
@@ -615,6 +615,11 @@ class Stages:
     @property
     def _on_cpu(self) -> bool:
         return self.backbone.device.type == "cpu"
+
+    @property
+    def _look_every(self) -> int:
+        """Steps; a CPU never waits for itself, and a step after a drag's end costs it as much as any other."""
+        return 1 if self._on_cpu else LOOK_EVERY
 
     @property
     def _guidance(self) -> float:

@@ -4,8 +4,8 @@ import copy
 import csv
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.amp import GradScaler
 
 from dragdiff import Editor, EditSample
 from dragdiff.cli import main_edit
@@ -25,7 +26,7 @@ from dragdiff.config import load_config, load_study
 from dragdiff.data.readers import write_folder
 from dragdiff.edits import EditResult, Request
 from dragdiff.errors import UserError
-from dragdiff.models.lora import Lesson, LoRAFinetune, Noise
+from dragdiff.models.lora import LoRAFinetune
 from dragdiff.models.trainer import Recording
 from dragdiff.modules import ddim, lora, low_rank
 from dragdiff.modules.backbone import StableDiffusion
@@ -171,21 +172,26 @@ def test_a_refused_edit_of_a_generated_picture_takes_no_others_source(backbone, 
 # ------------------------------------------------------------------------------------------- LoRA
 
 
+def decided(paths: Iterable[str]) -> list[str]:
+    """The middle block has one token: its softmax is 1, and these projections' gradients are rounding alone."""
+    return [p for p in paths if not p.startswith("mid_block") or not p.endswith(("attn1.to_q", "attn1.to_k"))]
+
+
+def assert_same_lora(one: Any, other: lora.LoRA) -> None:
+    assert one.down.keys() == other.down.keys() and one.scale == other.scale
+    for part, expected in ((one.down, other.down), (one.up, other.up)):
+        difference = torch.cat([(part[path] - expected[path]).abs().flatten() for path in decided(expected)])
+        # as in test_traces_lora: Adam's first step is of full size also where a gradient is zero but for rounding
+        assert (difference > 1e-4).float().mean() < 0.01
+
+
 def test_loras_trained_together_are_those_trained_alone(backbone):
     settings = ["lora.steps=6", "lora.weight_decay=0.1"]
     alone = [editor(backbone, *settings).finetune(sample) for sample in SAMPLES]
     together = editor(backbone, *settings)._finetune(SAMPLES, [None] * 3)
     for one, other in zip(together, alone, strict=True):
-        assert one.down.keys() == other.down.keys() and one.scale == other.scale
-        for part, expected in ((one.down, other.down), (one.up, other.up)):
-            # the middle block has one token: its softmax is 1, and these projections' gradients are rounding alone
-            decided = [
-                p for p in expected if not p.startswith("mid_block") or not p.endswith(("attn1.to_q", "attn1.to_k"))
-            ]
-            difference = torch.cat([(part[path] - expected[path]).abs().flatten() for path in decided])
-            size = torch.cat([value.abs().flatten() for value in expected.values()])
-            # as in test_traces_lora: Adam's first step is of full size also where a gradient is zero but for rounding
-            assert (difference > 1e-4).float().mean() < 0.01 and size.max() > 0.03
+        assert_same_lora(one, other)
+        assert all(torch.cat([v.flatten() for v in part.values()]).max() > 0.03 for part in (other.down, other.up))
     assert not torch.allclose(together[0].up[path := next(iter(alone[0].up))], together[1].up[path], atol=1e-3)
 
 
@@ -293,36 +299,62 @@ def test_edits_may_share_a_callback(backbone):
     assert alone.batches == shared.batches > 1
 
 
-def test_a_picture_whose_loss_is_not_finite_holds_back_no_other(backbone):
-    """Under a loss scaler, which leaves out a step if any gradient is not finite."""
-    scheduler = backbone.scheduler(4)
-    latent = torch.randn(2, backbone.latent_channels, *backbone.latent_size(64, 64))
-    embedding = backbone.embed(["a cat"]).detach()
+class Narrow(GradScaler):
+    """Loss scaling of a run whose gradients overflow as long as its scale is above a limit."""
 
-    def lesson(fill: float) -> Lesson:
-        def draw(step: int) -> Noise:
-            return Noise([(0, 0)] * 2, torch.zeros_like(latent), torch.full_like(latent, fill), torch.tensor([10, 500]))
+    def __init__(self, limit: int) -> None:
+        super().__init__("cpu")
+        self.limit = limit
 
-        return Lesson(lambda corners: (latent, torch.zeros_like(latent)), embedding, draw)
+    def scale(self, outputs: Any) -> Any:
+        return super().scale(outputs) * (1.0 if self.get_scale() <= self.limit else float("inf"))
 
-    def gradients(lessons: list[Lesson]) -> tuple[LoRAFinetune, list[Tensor]]:
-        found = lora.trainable(backbone.network, TARGETS, rank=2, alpha=2.0, seed=0, pictures=2)
-        with found as (weights, _):
-            module = LoRAFinetune(backbone, weights, lessons, lr=1e-3, weight_decay=0.01, scheduler=scheduler)
-            module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()), global_step=0)
-            module.log_dict = lambda values: None
-            module.training_step(0).backward()
-            module.on_after_backward()
-            return module, [parameter.grad.clone() for parameter in module.lora if parameter.grad is not None]
 
-    _, healthy = gradients([lesson(0.5), lesson(0.7)])
-    module, mixed = gradients([lesson(0.5), lesson(float("inf"))])
-    assert module.lost.tolist() == [0, 1]
-    assert len(mixed) == len(healthy) > 10
-    for one, other in zip(mixed, healthy, strict=True):
-        torch.testing.assert_close(one[0], other[0])
-        assert (one[1] == 0).all() and torch.isfinite(one).all()
-    assert any((one[1] != 0).any() for one in healthy)
+def largest(trained: lora.LoRA) -> float:
+    return max(float(up.abs().max()) for up in trained.up.values())
+
+
+def test_a_picture_whose_loss_overflows_holds_back_no_other(backbone, monkeypatch):
+    """As under fp16: torch's loss scaling begins with 2**16 and halves it with each step that it leaves out."""
+    limits: list[int] = []
+    monkeypatch.setattr(
+        "dragdiff.models.lora.own_scalers", lambda trainer, count: [Narrow(limits[i]) for i in range(count)]
+    )
+
+    def trained(samples: list[EditSample], *those: int) -> list[lora.LoRA]:
+        limits[:] = those
+        found = editor(backbone)._train_loras(samples, [None] * len(samples))
+        return [made for made in found if isinstance(made, lora.LoRA)]
+
+    first, second = trained(SAMPLES[:2], 2**20, 2**14)
+    alone, lr = editor(backbone).finetune(SAMPLES[0]), load_config(overrides=QUICK).lora.lr
+    assert_same_lora(first, alone)
+    # one of three steps is left, and it is Adam's first, which moves each entry by the learning rate
+    assert largest(second) == pytest.approx(lr, rel=1e-4)
+    again, other = trained([SAMPLES[1], SAMPLES[2]], 2**14, 2**15)
+    assert_same_lora(again, second)
+    assert lr < largest(other) < largest(first)
+
+
+def test_a_drag_whose_gradient_overflows_holds_back_no_other(backbone, monkeypatch):
+    def scaled(*limits: int) -> None:
+        monkeypatch.setattr(
+            "dragdiff.models.drag.own_scalers", lambda trainer, count: [Narrow(limit) for limit in limits]
+        )
+
+    settings = ["lora.steps=0", "drag.stop_distance=0"]  # so that none arrives at once
+    one_by_one, limits = [], (2**14, 2**20, 2**12)
+    for sample, limit in zip(SAMPLES, limits, strict=True):
+        scaled(limit)
+        one_by_one.append(editor(backbone, *settings).edit(sample))
+    scaled(*limits)
+    together = editor(backbone, *settings).edit_batch([Request(sample) for sample in SAMPLES])
+    monkeypatch.undo()
+    never = [editor(backbone, *settings).edit(sample) for sample in SAMPLES]
+    for result, alone in zip(together, one_by_one, strict=True):
+        assert_same(result, alone)
+    same = [np.array_equal(one.image, other.image) for one, other in zip(one_by_one, never, strict=True)]
+    assert same == [False, True, False]  # scaling by a power of two rounds nothing
 
 
 @pytest.mark.parametrize(("since", "words"), [(0, "its LoRA's loss, is not finite"), (2, "diverged: try a smaller")])
@@ -380,10 +412,18 @@ def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatc
         return predict(latents, *args)
 
     monkeypatch.setattr(backbone, "predict", small)
-    logger = Recording()
+    logger, one = Recording(), editor(backbone, "cache.reference_mb=100")
+    together, kept = one.edit_batch, []
+
+    def counted(requests: list[Request]) -> list[EditResult | UserError]:
+        kept.append(len(one._references))
+        return together(requests)
+
+    monkeypatch.setattr(one, "edit_batch", counted)
     with pytest.warns(UserWarning, match="too small for 3 edits at once"):
-        results = editor(backbone).edit_batch([Request(SAMPLES[0], logger=logger), *map(Request, SAMPLES[1:])])
+        results = together([Request(SAMPLES[0], logger=logger), *map(Request, SAMPLES[1:])])
     assert max(rows) == 4  # two LoRAs, two draws each
+    assert kept == [0, 0] and one._references  # what the first half keeps is not in the way of the second
     monkeypatch.undo()
     for result, sample in zip(results, SAMPLES, strict=True):
         assert_same(result, editor(backbone).edit(sample))
@@ -392,6 +432,32 @@ def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatc
         1,
         2,
     ]
+
+
+def test_loras_that_edits_share_are_trained_in_halves_where_memory_is_too_small(backbone, monkeypatch, tmp_path):
+    predict, rows = backbone.predict, []
+
+    def small(latents: Tensor, *args: Any) -> Tensor:
+        if len(latents) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        rows.append(len(latents))
+        return predict(latents, *args)
+
+    settings = ["cache.enabled=true", f"cache.folder={tmp_path}"]
+    monkeypatch.setattr(backbone, "predict", small)
+    shared = editor(backbone, *settings)
+    shared.share_loras(SAMPLES, [1, 2])
+    assert rows == [2, 2, 4, 4] and shared.ran_together == 2  # two draws for each picture
+    monkeypatch.undo()
+    for sample in SAMPLES:
+        found = editor(backbone, "lora.steps=2", *settings).finetune(sample)
+        alone = editor(backbone, "lora.steps=2").finetune(sample)
+        assert alone is not None
+        assert_same_lora(found, alone)
+    assert len([path for path in (tmp_path / "lora").iterdir() if path.is_dir()]) == 6
+    monkeypatch.setattr(backbone, "predict", lambda *_: small(torch.zeros(5)))
+    with pytest.raises(torch.OutOfMemoryError):
+        shared.share_loras(SAMPLES, [3])
 
 
 @pytest.mark.parametrize(

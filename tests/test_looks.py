@@ -2,21 +2,23 @@
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from test_batch import QUICK, SAMPLES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragdiff import Editor
-from dragdiff.callbacks import DragCallback, PointTracking, Trajectory
+from dragdiff.callbacks import DragCallback, PointTracking, Progress, Trajectory
 from dragdiff.config import load_config
 from dragdiff.edits import Request
 from dragdiff.models.drag import Drag, LatentDrag, MaskTerm
+from dragdiff.models.lora import Lesson, LoRAFinetune, seeded_noise
 from dragdiff.models.trainer import Each, Recording, fit
 from dragdiff.modules import motion, tracking
 from dragdiff.modules.features import FeatureMap
@@ -251,8 +253,9 @@ def on_meta(look_every: int, **more: Any) -> tuple[LatentDrag, Any]:
     """Two drags whose latents have no values."""
     drags = [drag(0, masked=True, device="meta", **more), drag(1, device="meta")]
     module = LatentDrag(Scene().to("meta"), drags, look_every=look_every)
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    module.trainer = trainer = SimpleNamespace(should_stop=False, precision_plugin=None, strategy=strategy)  # type: ignore[assignment]
     optimizer = module.configure_optimizers()
-    module.trainer = trainer = SimpleNamespace(should_stop=False)  # type: ignore[assignment]
     module.optimizers = lambda: optimizer  # type: ignore[method-assign, assignment]
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, assignment]
     return module, trainer
@@ -277,3 +280,44 @@ def test_a_tracker_that_reads_would_be_found():
     module.training_step(1)  # nothing to track yet
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         module.training_step(2)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_a_lora_is_trained_without_reading_but_for_every_eighth_loss(monkeypatch, pictures):
+    scene, draw = (
+        Scene().to("meta"),
+        seeded_noise(seed=0, batch_size=2, latent_shape=(4, 8, 8), slack=(0, 0), train_timesteps=1000),
+    )
+    latent = torch.zeros((2, 4, 8, 8), device="meta")
+    lesson = Lesson(lambda corners: (latent, latent), torch.zeros((1, 3, 5), device="meta"), draw)
+    weight = nn.Parameter(torch.zeros((pictures, 2, 4), device="meta"))
+    scheduler = DDIMScheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")
+    backbone = SimpleNamespace(
+        predict=lambda latents, t, embeddings: scene.layer(latents) + weight.sum(), prediction_type="epsilon"
+    )
+    module = LoRAFinetune(
+        cast(Any, backbone), {"w": weight}, [lesson] * pictures, lr=1e-3, weight_decay=0.0, scheduler=scheduler
+    ).to("meta")
+    # what a GPU gets from pinned memory
+    monkeypatch.setattr(module, "_sent", lambda part: torch.empty_like(part, device="meta"))
+    told: list[tuple[int, str]] = []
+    trainer = SimpleNamespace(global_step=0, max_steps=20, callback_metrics={})
+    monkeypatch.setattr(LoRAFinetune, "global_step", property(lambda self: trainer.global_step))
+    logged = trainer.callback_metrics
+    monkeypatch.setattr(module, "log_dict", lambda losses: logged.update({n: v.detach() for n, v in losses.items()}))
+    progress = Progress(lambda done, note: told.append((done, note)), look_every=8)
+    with Copies():
+        for step in range(1, 8):
+            module.training_step(step).backward()
+            trainer.global_step = step
+            progress.on_train_batch_end(cast(Any, trainer), module)
+    assert told == [(step, "") for step in range(1, 8)]
+    trainer.global_step = 8
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        progress.on_train_batch_end(cast(Any, trainer), module)
+    trainer.callback_metrics.update(dict.fromkeys(trainer.callback_metrics, torch.tensor(0.25)))
+    for trainer.global_step in (8, 9, 20):  # the last, too
+        progress.on_train_batch_end(cast(Any, trainer), module)
+        trainer.callback_metrics.update(dict.fromkeys(trainer.callback_metrics, torch.tensor(0.5)))
+    assert told[-3:] == [(8, "loss 0.250"), (9, "loss 0.250"), (20, "loss 0.500")]

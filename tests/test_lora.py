@@ -15,11 +15,12 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dragdiff import Editor, EditSample
 from dragdiff.config import load_config
 from dragdiff.errors import UserError
-from dragdiff.models.lora import crops, seeded_noise
+from dragdiff.models.lora import LoRAFinetune, crops, seeded_noise
 from dragdiff.modules import lora, peft_layer
 from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.images import to_tensor
@@ -545,6 +546,19 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(backbone, unbroken, tmp_p
     resumed = editor(backbone, "lora.steps=5", f"lora.resume={tmp_path / 'last.ckpt'}").finetune(SAMPLE)
     for path in final.down:
         assert torch.equal(resumed.down[path], final.down[path]) and torch.equal(resumed.up[path], final.up[path])
+
+
+def test_the_kind_of_the_optimiser_is_this_runs_own(backbone, unbroken):
+    """A loss scaler relies on what the optimiser was made with; a checkpoint brings what another was."""
+    checkpoint = torch.load(unbroken[1] / "last.ckpt", weights_only=True)
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    group["fused"] = True
+    weights = {name: nn.Parameter(value) for name, value in checkpoint["state_dict"].items()}
+    module = LoRAFinetune(backbone, weights, [None], lr=1e-3, weight_decay=0.0, scheduler=None)
+    module.on_load_checkpoint(checkpoint)
+    optimizer = module.configure_optimizers()
+    optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    assert optimizer.param_groups[0]["fused"] is False
 
 
 @pytest.mark.parametrize(

@@ -125,16 +125,20 @@ class Spectator(DragCallback):
 
 
 class Progress(L.Callback):
-    """Reports the finished steps of a Trainer to a progress bar, with the distance left in image px; of drags only when
-    the host looks.
+    """Reports the finished steps of a Trainer to a progress bar, with the distance left in image px, or the loss; of
+    drags only when the host looks.
     """
 
-    def __init__(self, advance: Callable[[int, str], None], *, px_per_grid: Sequence[float] = ()) -> None:
+    def __init__(
+        self, advance: Callable[[int, str], None], *, px_per_grid: Sequence[float] = (), look_every: int = 1
+    ) -> None:
         """
         Args:
             px_per_grid: image px per grid px of each drag.
+            look_every: steps from one reading of a loss to the next: a device waits for it.
         """
-        self.advance, self.px_per_grid = advance, px_per_grid
+        self.advance, self.px_per_grid, self.look_every = advance, px_per_grid, look_every
+        self._loss = ""
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
         done, note = trainer.global_step, ""
@@ -146,6 +150,9 @@ class Progress(L.Callback):
             running = sum(not drag.stop_reason for drag in drags)
             note = f"{float(torch.stack(left).mean()):.1f} px left"
             note += f", {running} of {len(drags)} under way" if len(drags) > 1 else ""
-        elif losses := [value for name, value in trainer.callback_metrics.items() if name.endswith("lora/loss")]:
-            note = f"loss {float(torch.stack(losses).mean()):.3f}"
+        else:
+            if done % self.look_every == 0 or done == trainer.max_steps:
+                losses = [value for name, value in trainer.callback_metrics.items() if name.endswith("lora/loss")]
+                self._loss = f"loss {float(torch.stack(losses).mean()):.3f}"
+            note = self._loss
         self.advance(done, note)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dragdiff.callbacks.base import DragCallback
+from dragdiff.models.separate import Separate, own_scalers
 from dragdiff.models.trainer import each
 from dragdiff.modules import ddim, motion
 from dragdiff.modules.features import FeatureMap
@@ -262,7 +263,8 @@ class LatentDrag(L.LightningModule):
         for row, drag in enumerate(drags):
             drag.look(self.trainer, features[row])
             if not drag.stop_reason:
-                losses.append(drag.loss(None if output is None else output[row : row + 1], features[row]))
+                loss = drag.loss(None if output is None else output[row : row + 1], features[row])
+                losses.append(self._scalers[drag].scale(loss))
         moving = [drag for drag in drags if not drag.stop_reason]
         if losses:
             self._update(torch.stack(losses).sum() if len(losses) > 1 else losses[0], moving)
@@ -276,8 +278,6 @@ class LatentDrag(L.LightningModule):
             for drag in self.drags:
                 if drag not in drags:
                     drag.latent.grad = None  # else Adam's memory of earlier steps would move it on
-                elif drag.latent.grad is not None:
-                    drag.latent.grad.masked_fill_(drag.ended, 0)  # one overflow holds back all under a loss scaler
             optimizer.step()
         for drag in drags:
             drag.updated()
@@ -309,9 +309,11 @@ class LatentDrag(L.LightningModule):
             drag.stop(drag.stop_reason or "steps")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        scalers = own_scalers(self.trainer, len(self.drags))
+        self._scalers = dict(zip(self.drags, scalers, strict=True))
         # fused, it leaves out by itself a step that overflowed; else the loss scaler has the host read whether it did
-        fused = all(drag.latent.is_cuda for drag in self.drags)
-        return torch.optim.Adam([{"params": [drag.latent], "lr": drag.lr} for drag in self.drags], fused=fused)
+        adams = [torch.optim.Adam([drag.latent], lr=drag.lr, fused=drag.latent.is_cuda) for drag in self.drags]
+        return Separate(adams, scalers)
 
 
 def _to_host(parts: Sequence[dict[str, Tensor | float]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from dragdiff.errors import UserError
+from dragdiff.models.separate import Separate, own_scalers
 from dragdiff.models.trainer import each
 from dragdiff.modules.backbone import Backbone
 from dragdiff.modules.images import to_tensor
@@ -170,6 +173,9 @@ class LoRAFinetune(L.LightningModule):
         self.lr, self.weight_decay, self.settings = lr, weight_decay, dict(settings or {})
         self.names, self.lora = list(weights), nn.ParameterList(weights.values())
         self.steps_done = 0
+        # for several pictures under fp16
+        self._scalers = [GradScaler(enabled=False) for _ in lessons]
+        self._rows: list[list[nn.Parameter]] = []
         self.register_buffer("lost", torch.zeros(len(lessons), dtype=torch.int64), persistent=False)
 
     def training_step(self, _: int) -> Tensor:
@@ -181,28 +187,51 @@ class LoRAFinetune(L.LightningModule):
         count = len(lessons)
         losses = [F.mse_loss(predicted[i::count].float(), target[i::count].float()) for i in range(count)]
         self.log_dict({each(i, "lora/loss", count): loss for i, loss in enumerate(losses)})
-        stacked = torch.stack(losses)
-        self.lost = torch.where(torch.isfinite(stacked.detach()), 0, self.lost + 1)
+        self.lost = torch.where(torch.isfinite(torch.stack(losses).detach()), 0, self.lost + 1)
         self.steps_done += 1
-        return stacked.sum()  # no LoRA is in another's loss
+        scaled = [scaler.scale(loss) for scaler, loss in zip(self._scalers, losses, strict=True)]
+        return torch.stack(scaled).sum()  # no LoRA is in another's loss
 
     def on_after_backward(self) -> None:
-        """A loss scaler leaves out a step in which any gradient overflows: not because of one picture's loss."""
-        if len(self.lost) > 1 and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            for parameter in self.lora:
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_((self.lost > 0)[:, None, None], 0)
+        for parameter, rows in zip(self.lora, self._rows, strict=False):  # no rows: one optimiser for all
+            if parameter.grad is not None:
+                for row, gradient in zip(rows, parameter.grad, strict=True):
+                    row.grad = gradient
+                parameter.grad = None
+
+    def teardown(self, stage: str) -> None:
+        for row in [row for rows in self._rows for row in rows]:  # which a Trainer does not know
+            row.data, row.grad = row.new_empty(0), None
 
     def _draw(self, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(clean latents, noise, timesteps, embeddings) of one picture, (B, ...) each."""
         draw = lesson.draw(self.global_step)
         mean, std = lesson.posterior(draw.corners)
-        noise, t = draw.noise.to(self.device), draw.timesteps.to(self.device)
-        latents = mean + std * draw.posterior.to(self.device)
+        noise, t, normal = (self._sent(part) for part in (draw.noise, draw.timesteps, draw.posterior))
+        latents = mean + std * normal
         return latents, noise, t, lesson.embedding.expand(len(t), -1, -1)
 
+    def _sent(self, part: Tensor) -> Tensor:
+        """On the device, without waiting for what a GPU still has to do."""
+        if self.device.type == "cuda":
+            return part.pin_memory().to(self.device, non_blocking=True)
+        return part.to(self.device)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.lora, lr=self.lr, weight_decay=self.weight_decay)
+        adam = partial(torch.optim.AdamW, lr=self.lr, weight_decay=self.weight_decay, fused=self._fused)
+        if len(self.lost) == 1:
+            return adam(self.lora)
+        self._scalers = own_scalers(self.trainer, len(self.lost))
+        if not any(scaler.is_enabled() for scaler in self._scalers):
+            return adam(self.lora)
+        # each picture's part of a parameter, in the same memory
+        self._rows = [[nn.Parameter(row) for row in parameter.detach()] for parameter in self.lora]
+        return Separate([adam(rows) for rows in zip(*self._rows, strict=True)], self._scalers)
+
+    @property
+    def _fused(self) -> bool:
+        """Fused, it leaves out by itself a step that overflowed; else the host would read whether it did."""
+        return all(parameter.is_cuda for parameter in self.lora)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = dict(zip(self.names, checkpoint["state_dict"].values(), strict=True))
@@ -210,6 +239,8 @@ class LoRAFinetune(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"lora.{i}": checkpoint["state_dict"][name] for i, name in enumerate(self.names)}
+        for group in [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]:
+            group["fused"] = self._fused  # the loss scaler relies on what the optimiser was made with
 
 
 def check_resume(path: Path, *, settings: Mapping[str, Any], steps: int) -> None:
