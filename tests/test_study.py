@@ -7,12 +7,14 @@ import itertools
 import json
 import multiprocessing
 import random
+import re
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -764,11 +766,12 @@ def test_workers_that_die_as_they_start_are_given_up(file, monkeypatch, capsys):
     class Stillborn(Fragile):
         def submit(self, method, *arguments):
             future = Future()
-            if method == "ping":
+            if method == "ping" and next(pings):
                 future.set_exception(executors.WorkerDied("gone"))
                 return future
             return super().submit(method, *arguments)
 
+    pings = itertools.count()  # the first worker's is answered
     places = nullcontext((3, lambda number: Stillborn(number, [])))
     monkeypatch.setattr(runner, "open_places", lambda study: places)
     original = executors.Here
@@ -776,10 +779,13 @@ def test_workers_that_die_as_they_start_are_given_up(file, monkeypatch, capsys):
     assert cli.main(["study", str(file())]) == 0
     assert "9 done now" in capsys.readouterr().out
 
+    pings = itertools.count()
     dying = nullcontext((1, lambda number: Stillborn(number, [0, 1])))
     monkeypatch.setattr(runner, "open_places", lambda study: dying)
     path = file("other", grid={"drag.lr": [0.2]})
     assert "every worker died as it started" in refused_late(capsys, path)
+    pings = itertools.count(1)
+    assert "a worker died as it started (gone)" in refused_late(capsys, path)
     monkeypatch.undo()
     assert cli.main(["study", str(path)]) == 0
     assert "2 done now, 7 found done" in capsys.readouterr().out
@@ -792,6 +798,92 @@ def test_edit_of_a_dead_worker_is_done_by_another(deaths, failed, file, monkeypa
     said = capsys.readouterr().out
     assert f"{9 - failed} done now, 0 found done, {failed} failed of 9" in said
     assert ("3 workers died over it" in said) == bool(failed)
+
+
+def test_a_gpu_that_is_lost_fails_no_other_edit(file, monkeypatch, capsys):
+    """An error of the device that stays makes every later call fail, until the process ends."""
+    lost, original = [], Editor.edit_batch
+
+    def edit(self, requests):
+        if lost or len(edited) == 2:
+            lost.append("CUDA error: device-side assert triggered")
+            raise RuntimeError(lost[0])
+        edited.append(requests)
+        return original(self, requests)
+
+    def check(self):
+        with monkeypatch.context() as patch:  # elsewhere torch has no GPU
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "synchronize", synchronize)
+            check_gpu(self)
+
+    def synchronize(device):
+        if lost:
+            raise RuntimeError(lost[0])
+
+    edited, check_gpu = [], Worker._check_gpu
+    monkeypatch.setattr(Editor, "edit_batch", edit)
+    monkeypatch.setattr(Worker, "_check_gpu", check)
+    assert "the GPU has stopped working (CUDA error: device-side assert" in refused_late(capsys, file())
+    monkeypatch.setattr(Editor, "edit_batch", original)
+    lost.clear()
+    assert cli.main(["study", str(file())]) == 0  # nothing was recorded as failed
+    found = int(re.search(r"(\d) found done, 0 failed of 9", capsys.readouterr().out)[1])
+    assert found >= 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), AssertionError("Invalid device id")])
+def test_a_worker_whose_gpu_is_gone_dies_as_it_starts(file, monkeypatch, error):
+    """So it is given up, and fails no edit."""
+
+    def synchronize(device):
+        assert device == "cuda:1"
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    with pytest.raises(executors.DeviceLost, match=str(error)):
+        Worker(load_study(file()), "cuda:1").ping()
+    Worker(load_study(file())).ping()
+
+
+def test_a_worker_takes_as_many_edits_as_the_most_that_one_needed_lets(file, monkeypatch):
+    """A LoRA from the cache leaves no trace in an edit's peak."""
+    gib, state = 2**30, {"held": 4, "peak": 0}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["held"] * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: state["peak"] * gib)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (state["held"] + 1) * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (19 * gib, 24 * gib))
+
+    def after(editor, *, count, peak, kept=0):
+        state["held"] = 4
+        with worker._measured(editor):
+            editor.ran_together = count
+            state["held"], state["peak"] = 4 + kept, peak
+        return worker._room
+
+    worker = Worker(load_study(file()))
+    editor = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda")))
+    assert after(editor, count=1, peak=6) == 8  # 0.8 * 20 GiB by 2
+    assert after(editor, count=2, peak=14) == 3  # 5 for each
+    assert after(editor, count=0, peak=5) == 3  # nothing was done
+    assert after(editor, count=4, peak=8) == 3  # from the cache
+    assert after(editor, count=1, peak=100) == 1
+    fixed = Worker(load_study(file(), ["batch=2"]))
+    with fixed._measured(editor):
+        editor.ran_together = 9
+    assert fixed._room == 2
+
+
+def test_a_process_whose_gpu_is_lost_counts_as_dead(monkeypatch):
+    class Lost:
+        def run(self, tasks):
+            raise executors.DeviceLost("the GPU has stopped working")
+
+    monkeypatch.setattr(executors, "_worker", Lost())
+    place = executors.Process.__new__(executors.Process)
+    with ThreadPoolExecutor(1) as place._pool, pytest.raises(executors.WorkerDied, match="has stopped working"):
+        place.submit("run", []).result()
 
 
 def test_no_two_workers_are_at_the_same_picture(file, tmp_path):

@@ -23,6 +23,10 @@ class WorkerDied(Exception):
     """A worker's process or machine is gone, and with it what it was doing."""
 
 
+class DeviceLost(UserError):
+    """A GPU answers every call with an error; until the process that has it ends, nothing can be done there."""
+
+
 class Place(Protocol):
     """A worker, wherever it is."""
 
@@ -48,10 +52,11 @@ def open_places(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], Place
 
     gpus = torch.cuda.device_count()
     count = study.workers or max(1, gpus)
-    if count == 1:
+    if count == 1 and not gpus:  # a GPU that fails takes its process with it
         yield 1, lambda number: Here(study)
     else:
-        yield count, lambda number: Process(study, f"cuda:{number % gpus}" if gpus else "")
+        own = gpus and "auto" in (study.settings.get("model.device", "auto"), study.metrics.distance.device)
+        yield count, lambda number: Process(study, f"cuda:{number % gpus}" if own else "")
 
 
 class Here:
@@ -84,7 +89,7 @@ class Process:
 
     def submit(self, method: str, *arguments: Any) -> Future[Any]:
         try:
-            return _translated(self._pool.submit(_call, method, *arguments), BrokenProcessPool)
+            return _translated(self._pool.submit(_call, method, *arguments), BrokenProcessPool, DeviceLost)
         except BrokenProcessPool as error:
             dead: Future[Any] = Future()
             dead.set_exception(WorkerDied(one_line(error)))
@@ -121,7 +126,7 @@ def _call(method: str, *arguments: Any) -> Any:
 
 
 def _translated(future: Future[Any], *death: type[BaseException]) -> Future[Any]:
-    """The same, with a dead worker told from a failed call."""
+    """The same, with a worker that is dead, or of no more use, told from a failed call."""
     told: Future[Any] = Future()
 
     def tell(done: Future[Any]) -> None:
@@ -192,18 +197,14 @@ class RayActor:
 
         from dragdiff.study.worker import Worker
 
-        self._actor: Any = ray.remote(Worker).options(num_cpus=1, num_gpus=1 if on_gpu else 0).remote(study)
+        actor = ray.remote(Worker).options(num_cpus=1, num_gpus=1 if on_gpu else 0)
+        self._actor: Any = actor.remote(study, "cuda" if on_gpu else "")
 
     def submit(self, method: str, *arguments: Any) -> Future[Any]:
         from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
-        future = _translated(
-            getattr(self._actor, method).remote(*arguments).future(),
-            ActorDiedError,
-            ActorUnavailableError,
-            RayActorError,
-        )
-        return _cause(future, RayTaskError)
+        future = _cause(getattr(self._actor, method).remote(*arguments).future(), RayTaskError)
+        return _translated(future, ActorDiedError, ActorUnavailableError, RayActorError, DeviceLost)
 
     def close(self) -> None:
         import ray

@@ -177,6 +177,7 @@ class _Run:
         ping = self.places[0].submit("ping")
         while not wait([ping], timeout=10).done:
             self.report("models", 0, 1, "waiting for room for a worker")
+        self._answer(ping)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         waiting = {number for number, _, _ in self.busy.values()}
@@ -184,8 +185,12 @@ class _Run:
         if number is None:
             number = max(self.places, default=0) + 1
             self.places[number] = self.open(number)
+        return self._answer(self.places[number].submit(method, *arguments))
+
+    @staticmethod
+    def _answer(future: Future[Any]) -> Any:
         try:
-            return self.places[number].submit(method, *arguments).result()
+            return future.result()
         except WorkerDied as error:
             raise UserError(f"a worker died as it started ({one_line(error)}): is there enough memory?") from error
 
@@ -237,8 +242,8 @@ class _Run:
         """Note what became of tasks (none: the worker has started) and give the worker others."""
         try:
             outcomes = future.result()
-        except WorkerDied:
-            self._replace(number, tasks, held)
+        except WorkerDied as error:
+            self._replace(number, tasks, held, error)
             return
         for task, outcome in zip(tasks, outcomes or [], strict=True):
             self._count(task, outcome)
@@ -248,14 +253,14 @@ class _Run:
         for idle in [number for number in self.places if number not in waiting]:  # what was held may be for them
             self._next(idle)
 
-    def _replace(self, number: int, tasks: list[Task], held: list[deque[Task]]) -> None:
+    def _replace(self, number: int, tasks: list[Task], held: list[deque[Task]], error: WorkerDied) -> None:
         """A new worker for one that died. A task that so many died of counts as failed; each is tried by itself."""
         attempts = self.plan.study.attempts
         causes = [task.key for task in tasks] or [f"start of worker {number}"]
         self.deaths.update(causes)
         hopeless = len(causes) == 1 and self.deaths[causes[0]] >= attempts
         if hopeless and tasks:
-            reason = f"{self.deaths[causes[0]]} workers died over it (killed, or out of memory)"
+            reason = f"{self.deaths[causes[0]]} workers died over it, killed or out of memory ({one_line(error)})"
             record_failure(self.store, tasks[0], reason)
             self._count(tasks[0], Outcome(causes[0], failure=reason))
             tasks = []

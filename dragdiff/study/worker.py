@@ -22,6 +22,7 @@ from dragdiff.editor import Editor, OneModel
 from dragdiff.edits import EditResult, Request
 from dragdiff.errors import UserError, one_line
 from dragdiff.metrics.suite import Suite, Values, metric_key
+from dragdiff.study.executors import DeviceLost
 from dragdiff.study.plan import Subject, Task, baseline_picture
 from dragdiff.study.store import RESULT, SCORES, Store, StoreError
 
@@ -66,12 +67,19 @@ class Worker:
         self.study, self.device = study, device
         self.store = Store(study.results)
         self._model = OneModel()
+        self._used: torch.device | None = None  # the model's
         self._pictured: list[str] = []
         self._room = study.batch or 1  # edits that fit into memory together
+        self._needed = 1.0  # bytes, the most that an edit has taken
         self._suite: Suite | None = None
 
     def ping(self) -> None:
-        """Answers once the worker is there."""
+        """Answers once the worker is there, with its GPU.
+
+        Raises:
+            DeviceLost: that does not work.
+        """
+        self._check_gpu()
 
     def unavailable(self) -> dict[str, str]:
         """Metrics that can't be had here, and what to do about it. Loads their models."""
@@ -115,6 +123,7 @@ class Worker:
 
         Raises:
             StoreError: the results can't be read or written.
+            DeviceLost: the GPU no longer works.
         """
         scores = [self.store.read_json(f"results/{task.key}/{SCORES}") or {} for task in tasks]
         left = [
@@ -136,6 +145,7 @@ class Worker:
             except StoreError:
                 raise
             except Exception as error:
+                self._check_gpu()
                 picture = Failure.of(error)
         if isinstance(picture, Failure):
             record_failure(self.store, task, picture.reason, picture.details)
@@ -206,12 +216,27 @@ class Worker:
             results = self._attempt(editor, tasks)
             if results is None:  # what is kept for the pictures' other edits may be what is too much
                 results = self._edit(editor.without_memory(), tasks)
-            self._measure(editor, results)
             return results
         except Exception as error:  # whatever an edit may run into: the study goes on
+            self._check_gpu()
             if len(tasks) == 1:
                 return [Failure.of(error)]
         return [result for task in tasks for result in self._edited([task])]
+
+    def _check_gpu(self) -> None:
+        """Whether the GPU works, if there is one: where it does not, every edit would fail.
+
+        Raises:
+            DeviceLost: it does not.
+        """
+        if not (self.device.startswith("cuda") or torch.cuda.is_initialized()):
+            return
+        try:
+            torch.cuda.synchronize(self._used or self.device or None)
+        except (RuntimeError, AssertionError) as error:
+            raise DeviceLost(
+                f"the GPU has stopped working ({one_line(error)}): run the study again, what is done is kept"
+            ) from error
 
     def _attempt(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError] | None:
         """None where memory is too small; the error is gone then, and with it what it holds."""
@@ -222,31 +247,38 @@ class Worker:
 
     def _edit(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError]:
         for steps in {task.lora_steps for task in tasks if len(task.lora_steps) > 1}:
-            editor.share_loras([task.subject.sample for task in tasks if task.lora_steps == steps], steps)
+            samples = [task.subject.sample for task in tasks if task.lora_steps == steps]
+            with self._measured(editor):
+                editor.share_loras(samples, steps)
         model = editor.config.model  # with this worker's device
-        return editor.edit_batch(
-            [
-                Request(task.subject.sample, dataclasses.replace(task.config, model=model))
-                for task in tasks
-                if task.config
-            ]
-        )
+        requests = [
+            Request(task.subject.sample, dataclasses.replace(task.config, model=model)) for task in tasks if task.config
+        ]
+        with self._measured(editor):
+            return editor.edit_batch(requests)
 
-    def _measure(self, editor: Editor, results: Sequence[EditResult | UserError]) -> None:
-        """Find out how many edits fit into the GPU's memory, from what one of these needed."""
+    @contextmanager
+    def _measured(self, editor: Editor) -> Iterator[None]:
+        """Finds out how many edits fit into the GPU's memory, from the most that one has needed."""
         device = editor.backbone.device
-        peaks = [result.peak_memory_mb for result in results if isinstance(result, EditResult)]
-        if self.study.batch or device.type != "cuda" or not peaks:
+        if self.study.batch or device.type != "cuda":
+            yield
             return
-        held = torch.cuda.memory_allocated(device) / 2**20
-        free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**20 - held
-        each = max(1.0, (peaks[-1] - held) / editor.ran_together)
-        self._room = int(min(MOST, max(1, SHARE * free / each)))
+        before = torch.cuda.memory_allocated(device)
+        yield
+        if editor.ran_together:
+            needed = (torch.cuda.max_memory_allocated(device) - before) / editor.ran_together
+            self._needed = max(self._needed, needed)
+            held = torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+            self._room = int(min(MOST, max(1, SHARE * free / self._needed)))
 
     def _configured(self, config: Config) -> Editor:
         if self.device and config.model.device == "auto":
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=self.device))
-        return self._model.editor(config)
+        editor = self._model.editor(config)
+        self._used = editor.backbone.device if editor.backbone.device.type == "cuda" else None
+        return editor
 
     def _metrics(self) -> Suite:
         if self._suite is None:
