@@ -65,12 +65,7 @@ def fingerprint(*modules: nn.Module) -> str:
     totals = [w.contiguous().view(bits[w.element_size()]).sum(dtype=torch.int64) for _, w in weights]
     numbers = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else []  # one transfer
     sums = [(name, list(w.shape), number) for (name, w), number in zip(weights, numbers, strict=True)]
-    configs = [getattr(module, "config", None) for module in modules]
-    plain = [
-        {name: value for name, value in config.items() if not name.startswith("_")}  # where it is from, and versions
-        for config in configs
-        if isinstance(config, Mapping)  # diffusers'; in transformers' is nothing that its modules don't have
-    ]
+    configs = [_settings(getattr(module, "config", None)) for module in modules]
     state = [
         (name, key, value)
         for module in modules
@@ -78,7 +73,14 @@ def fingerprint(*modules: nn.Module) -> str:
         for key, value in [("processor", _kind(part)), *((key, vars(part).get(key)) for key in STATE)]
         if value is not None and value is not False  # what is switched off is as what never was
     ]
-    return digest(weights=sums, configs=json.dumps(plain, default=str), state=json.dumps(state, default=str))
+    return digest(weights=sums, configs=json.dumps(configs, default=str), state=json.dumps(state, default=str))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Of a model of diffusers or transformers, without where it is from and what saving it adds."""
+    plain = config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
+    added = ("architectures", "dtype", "torch_dtype", "transformers_version")
+    return {name: value for name, value in plain.items() if not name.startswith("_") and name not in added}
 
 
 def _kind(part: nn.Module) -> str | None:

@@ -670,6 +670,7 @@ class Stages:
             "model": cache.digest(
                 weights=cache.fingerprint(*self.backbone.modules),
                 prediction=self.backbone.prediction_type,
+                padding=self.backbone.tokenize([""]).tolist(),  # of prompts
                 noise=self.backbone.scheduler(1).alphas_cumprod.numpy(),
             ),
             "precision": self._precision,

@@ -535,6 +535,14 @@ def scaling_factor(pipeline, value):
     pipeline.vae.register_to_config(scaling_factor=value)
 
 
+def padding(pipeline, value):
+    pipeline.tokenizer.pad_token = value
+
+
+def text_encoders_rounding(pipeline, value):
+    pipeline.text_encoder.config.layer_norm_eps = value
+
+
 @pytest.mark.parametrize(
     ("change", "values"),
     [
@@ -544,6 +552,8 @@ def scaling_factor(pipeline, value):
         (processor, (AttnProcessor2_0, AttnProcessor)),
         (tiling, (False, True)),
         (scaling_factor, (0.18, 0.2)),
+        (padding, ("<|endoftext|>", "<|startoftext|>")),
+        (text_encoders_rounding, (1e-5, 1e-6)),
     ],
 )
 def test_inversion_is_computed_for_each_state_of_an_owners_model(change, values, edits):
