@@ -23,9 +23,11 @@ def table(results: dict[str, Any]) -> str:
         )
     if "overhead" in results:
         took = results["overhead"]
+        added = took.get("added_ms", took["product_ms"] - took["bare_ms"])  # older results say no more
+        spread = f" ({took['added_low']:.1f} to {took['added_high']:.1f})" if "added_low" in took else ""
         lines.append(
             f"a drag step of a tiny model: {took['product_ms']:.1f} ms, {took['bare_ms']:.1f} in a bare loop: "
-            f"the framework adds {took['product_ms'] - took['bare_ms']:.1f}"
+            f"the framework adds {added:.1f}{spread}"
         )
     if "batch" in results:
         shares = ", ".join(

@@ -427,7 +427,7 @@ class BenchmarkConfig:
     size: int = option(512, "side of the picture, px", at_least(64))
     stages: list[str] = option([], "which stages; empty = all")
     warmup: int = option(2, "first steps of a stage, not timed", at_least(1))
-    steps: int = option(1, "steps of a stage that are timed, after those", at_least(1))
+    steps: int = option(0, "steps of a stage that are timed, after those; 0 = 1 on a CPU, else 16", at_least(0))
     repeats: int = option(5, "repetitions; 0 = no times, only memory", at_least(0))
     batch: int = option(
         1, "edits at once, whose LoRA and drag steps are compared with one by one; 1 = not", at_least(1)

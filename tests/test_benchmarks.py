@@ -133,6 +133,14 @@ def test_a_drag_is_timed_from_the_same_step_where_the_host_looks_at_some_only(sp
     assert speed.step_seconds(edit, ["drag, mask"], settings, lambda: next(ticks)) == {"drag, mask": 1}
 
 
+def test_the_frameworks_share_is_timed_from_the_first_step_there_too(speed, monkeypatch):
+    ticks = itertools.count(100)
+    monkeypatch.setattr("dragdiff.stages.LatentDrag", lambda *args, look_every: LatentDrag(*args, look_every=8))
+    found = speed.overhead(BenchmarkConfig(model="tiny", size=64), lambda: next(ticks))
+    assert found["product_ms"] == found["bare_ms"] == pytest.approx(1e3 / 3)  # the clock has ticked once in three steps
+    assert found["added_low"] == found["added_ms"] == found["added_high"] == 0
+
+
 def test_a_bare_forward_runs_where_no_edit_has_changed_anything(speed, monkeypatch):
     def here(*args, **kwargs):
         raise AssertionError("it ran in the process of the edit")
