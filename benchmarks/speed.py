@@ -50,7 +50,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from dragdiff import Editor, EditSample, Request
 from dragdiff.callbacks import DragCallback
-from dragdiff.config import BenchmarkConfig, Config, describe, find_overlay, load_benchmark, load_config
+from dragdiff.config import (
+    STEPS_ON_A_GPU,
+    BenchmarkConfig,
+    Config,
+    describe,
+    find_overlay,
+    load_benchmark,
+    load_config,
+)
 from dragdiff.errors import UserError
 from dragdiff.models.drag import Drag
 from dragdiff.modules import ddim, lora, motion, points, tracking
@@ -64,7 +72,6 @@ RANDOM = ("sd15-random", "tiny")
 PEAK_STEPS = 2  # what the first frees may be kept for the second
 OVERHEAD_STEPS = 60  # of a drag with the tiny model
 OVERHEAD_REPEATS = 9
-STEPS_ON_A_GPU = 16  # timed of a stage: some of the host's looks at a drag
 # the CPU's attention, which torch's counter leaves out
 UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),

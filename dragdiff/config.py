@@ -414,6 +414,9 @@ class UIConfig:
     threads: int = option(0, "CPU threads of the model; 0 = torch's own choice", at_least(0))
 
 
+STEPS_ON_A_GPU = 16  # that are timed of a stage: some of the host's looks at a drag are among them
+
+
 @dataclass
 class BenchmarkConfig:
     """What benchmarks/speed.py measures."""
@@ -427,7 +430,9 @@ class BenchmarkConfig:
     size: int = option(512, "side of the picture, px", at_least(64))
     stages: list[str] = option([], "which stages; empty = all")
     warmup: int = option(2, "first steps of a stage, not timed", at_least(1))
-    steps: int = option(0, "steps of a stage that are timed, after those; 0 = 1 on a CPU, else 16", at_least(0))
+    steps: int = option(
+        0, f"steps of a stage that are timed, after those; 0 = 1 on a CPU, else {STEPS_ON_A_GPU}", at_least(0)
+    )
     repeats: int = option(5, "repetitions; 0 = no times, only memory", at_least(0))
     batch: int = option(
         1, "edits at once, whose LoRA and drag steps are compared with one by one; 1 = not", at_least(1)

@@ -402,16 +402,22 @@ def test_a_picture_whose_latent_is_not_finite_is_the_end_of_its_own_edits(backbo
     assert_same(first, editor(backbone).edit(SAMPLES[0]))
 
 
-def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatch):
-    predict, rows = backbone.predict, []
+def limited(backbone: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Memory for so many rows of a forward; notes how many each has had."""
+    predict, rows = backbone.predict, list[int]()
 
     def small(latents: Tensor, *args: Any) -> Tensor:
-        if len(latents) > 4:
+        if len(latents) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         rows.append(len(latents))
         return predict(latents, *args)
 
     monkeypatch.setattr(backbone, "predict", small)
+    return rows
+
+
+def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatch):
+    rows = limited(backbone, monkeypatch, 4)
     logger, one = Recording(), editor(backbone, "cache.reference_mb=100")
     together, kept = one.edit_batch, []
 
@@ -435,16 +441,8 @@ def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatc
 
 
 def test_loras_that_edits_share_are_trained_in_halves_where_memory_is_too_small(backbone, monkeypatch, tmp_path):
-    predict, rows = backbone.predict, []
-
-    def small(latents: Tensor, *args: Any) -> Tensor:
-        if len(latents) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        rows.append(len(latents))
-        return predict(latents, *args)
-
     settings = ["cache.enabled=true", f"cache.folder={tmp_path}"]
-    monkeypatch.setattr(backbone, "predict", small)
+    rows = limited(backbone, monkeypatch, 4)
     shared = editor(backbone, *settings)
     shared.share_loras(SAMPLES, [1, 2])
     assert rows == [2, 2, 4, 4] and shared.ran_together == 2  # two draws for each picture
@@ -455,7 +453,7 @@ def test_loras_that_edits_share_are_trained_in_halves_where_memory_is_too_small(
         assert alone is not None
         assert_same_lora(found, alone)
     assert len([path for path in (tmp_path / "lora").iterdir() if path.is_dir()]) == 6
-    monkeypatch.setattr(backbone, "predict", lambda *_: small(torch.zeros(5)))
+    limited(backbone, monkeypatch, 0)
     with pytest.raises(torch.OutOfMemoryError):
         shared.share_loras(SAMPLES, [3])
 

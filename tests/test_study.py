@@ -785,7 +785,7 @@ def test_workers_that_die_as_they_start_are_given_up(file, monkeypatch, capsys):
     path = file("other", grid={"drag.lr": [0.2]})
     assert "every worker died as it started" in refused_late(capsys, path)
     pings = itertools.count(1)
-    assert "a worker died as it started (gone)" in refused_late(capsys, path)
+    assert "a worker died as it started: gone" in refused_late(capsys, path)
     monkeypatch.undo()
     assert cli.main(["study", str(path)]) == 0
     assert "2 done now, 7 found done" in capsys.readouterr().out

@@ -92,7 +92,7 @@ class Process:
             return _translated(self._pool.submit(_call, method, *arguments), BrokenProcessPool, DeviceLost)
         except BrokenProcessPool as error:
             dead: Future[Any] = Future()
-            dead.set_exception(WorkerDied(one_line(error)))
+            dead.set_exception(_died(error))
             return dead
 
     def close(self) -> None:
@@ -125,6 +125,11 @@ def _call(method: str, *arguments: Any) -> Any:
     return getattr(_worker, method)(*arguments)
 
 
+def _died(error: BaseException) -> WorkerDied:
+    lost = isinstance(error, DeviceLost)
+    return WorkerDied(one_line(error) if lost else f"killed, or out of memory: {one_line(error)}")
+
+
 def _translated(future: Future[Any], *death: type[BaseException]) -> Future[Any]:
     """The same, with a worker that is dead, or of no more use, told from a failed call."""
     told: Future[Any] = Future()
@@ -135,7 +140,7 @@ def _translated(future: Future[Any], *death: type[BaseException]) -> Future[Any]
             return
         error = done.exception()
         if isinstance(error, death):
-            told.set_exception(WorkerDied(one_line(error)))
+            told.set_exception(_died(error))
         elif error is not None:
             told.set_exception(error)
         else:

@@ -192,7 +192,7 @@ class _Run:
         try:
             return future.result()
         except WorkerDied as error:
-            raise UserError(f"a worker died as it started ({one_line(error)}): is there enough memory?") from error
+            raise UserError(f"a worker died as it started: {one_line(error)}") from error
 
     def _leave_out_done(self) -> None:
         """Where only scores are missing that can't be had, there is nothing to do."""
@@ -260,7 +260,7 @@ class _Run:
         self.deaths.update(causes)
         hopeless = len(causes) == 1 and self.deaths[causes[0]] >= attempts
         if hopeless and tasks:
-            reason = f"{self.deaths[causes[0]]} workers died over it, killed or out of memory ({one_line(error)})"
+            reason = f"{self.deaths[causes[0]]} workers died over it: {one_line(error)}"
             record_failure(self.store, tasks[0], reason)
             self._count(tasks[0], Outcome(causes[0], failure=reason))
             tasks = []

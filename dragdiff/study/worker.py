@@ -67,7 +67,7 @@ class Worker:
         self.study, self.device = study, device
         self.store = Store(study.results)
         self._model = OneModel()
-        self._used: torch.device | None = None  # the model's
+        self._gpu: torch.device | None = None  # that the model is on
         self._pictured: list[str] = []
         self._room = study.batch or 1  # edits that fit into memory together
         self._needed = 1.0  # bytes, the most that an edit has taken
@@ -232,11 +232,9 @@ class Worker:
         if not (self.device.startswith("cuda") or torch.cuda.is_initialized()):
             return
         try:
-            torch.cuda.synchronize(self._used or self.device or None)
+            torch.cuda.synchronize(self._gpu or self.device or None)
         except (RuntimeError, AssertionError) as error:
-            raise DeviceLost(
-                f"the GPU has stopped working ({one_line(error)}): run the study again, what is done is kept"
-            ) from error
+            raise DeviceLost(f"the GPU has stopped working ({one_line(error)})") from error
 
     def _attempt(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError] | None:
         """None where memory is too small; the error is gone then, and with it what it holds."""
@@ -277,7 +275,7 @@ class Worker:
         if self.device and config.model.device == "auto":
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=self.device))
         editor = self._model.editor(config)
-        self._used = editor.backbone.device if editor.backbone.device.type == "cuda" else None
+        self._gpu = editor.backbone.device if editor.backbone.device.type == "cuda" else None
         return editor
 
     def _metrics(self) -> Suite:
