@@ -49,6 +49,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dragdiff import Editor, EditSample, Request
+from dragdiff.backbones.loading import DTYPES, load_backbone, resolve_device
+from dragdiff.backbones.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
+from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.callbacks import DragCallback
 from dragdiff.config import (
     STEPS_ON_A_GPU,
@@ -60,12 +63,9 @@ from dragdiff.config import (
     load_config,
 )
 from dragdiff.errors import UserError
-from dragdiff.models.drag import Drag
+from dragdiff.models.point_drag import Drag
 from dragdiff.modules import ddim, lora, motion, points, tracking
-from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.features import FeatureMap, forward_with_features
-from dragdiff.modules.loading import DTYPES, load_backbone, resolve_device
-from dragdiff.modules.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
 from report import comparison, read, table
 
 RANDOM = ("sd15-random", "tiny")

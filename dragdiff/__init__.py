@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+from dragdiff.moved import Moved
 
 if TYPE_CHECKING:
     from dragdiff.config import load_config
     from dragdiff.data.sample import EditSample
     from dragdiff.editor import Editor
-    from dragdiff.edits import EditResult, Request
     from dragdiff.errors import UserError
+    from dragdiff.job import EditResult, Request
 
 __all__ = ["EditResult", "EditSample", "Editor", "Request", "UserError", "load_config"]
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported, by whichever library
 
+sys.meta_path.append(Moved())
+
 _HOME = {
-    "EditResult": "dragdiff.edits",
+    "EditResult": "dragdiff.job",
     "EditSample": "dragdiff.data.sample",
     "Editor": "dragdiff.editor",
-    "Request": "dragdiff.edits",
+    "Request": "dragdiff.job",
     "UserError": "dragdiff.errors",
     "load_config": "dragdiff.config",
 }

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dragdiff.errors import UserError, one_line
 
 VERSION = 1  # raised when a stage computes something else from the same inputs; results of studies bear it, too
-TENSOR = "tensor.safetensors"
+TENSORS = "tensors.safetensors"
 STAGES = ("lora", "inversion", "prompt")  # folders of the cache
 NAME = re.compile(r"[0-9a-f]{32}(\.partial-.*)?$")  # of what is ours in them
 PARTIAL = ".partial-"
@@ -33,12 +33,6 @@ TOTAL = "bytes"
 DAMAGED = (UserError, FileNotFoundError)  # what reading an entry raises then
 ROOM = 0.9  # of the limit that eviction leaves in use, so that not each write has to evict
 LOCK_SECONDS = 60  # a writer holds it while it writes one result to disk
-# what changes a module's output and is no weight: adapters' strength (peft), FreeU, an autoencoder's tiles (diffusers)
-STATE = (
-    *("scaling", "_active_adapter", "_disable_adapters", "merged_adapters"),
-    *("b1", "b2", "s1", "s2"),
-    *("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"),
-)
 
 
 def default_folder() -> Path:
@@ -57,23 +51,27 @@ def digest(**inputs: Any) -> str:
     return summary.hexdigest()[:32]
 
 
-def fingerprint(*modules: nn.Module) -> str:
+def fingerprint(*modules: nn.Module, state: Sequence[str] = ()) -> str:
     """A hash of the modules' weights, as whole sums of their bits, so that neither thread count nor device matters, of
-    their configurations, their `STATE` and the kinds of their attention processors. Hooks are not seen."""
+    their configurations and the kinds of their attention processors. Hooks are not seen.
+
+    Args:
+        state: names of attributes that change an output and are no weights.
+    """
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     weights = [(name, weight.detach()) for module in modules for name, weight in module.named_parameters()]
     totals = [w.contiguous().view(bits[w.element_size()]).sum(dtype=torch.int64) for _, w in weights]
     numbers = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else []  # one transfer
     sums = [(name, list(w.shape), number) for (name, w), number in zip(weights, numbers, strict=True)]
     configs = [_settings(getattr(module, "config", None)) for module in modules]
-    state = [
+    found = [
         (name, key, value)
         for module in modules
         for name, part in module.named_modules()
-        for key, value in [("processor", _kind(part)), *((key, vars(part).get(key)) for key in STATE)]
+        for key, value in [("processor", _kind(part)), *((key, vars(part).get(key)) for key in state)]
         if value is not None and value is not False  # what is switched off is as what never was
     ]
-    return digest(weights=sums, configs=json.dumps(configs, default=str), state=json.dumps(state, default=str))
+    return digest(weights=sums, configs=json.dumps(configs, default=str), state=json.dumps(found, default=str))
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -285,18 +283,18 @@ def _size(entry: Path) -> int:
         return sum(file.stat().st_size for file in files)
 
 
-def save_tensor(tensor: Tensor, folder: Path) -> None:
-    """Write one tensor into an entry."""
-    save_file({"tensor": tensor.contiguous().cpu()}, folder / TENSOR)
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write named tensors into an entry."""
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
 
 
-def load_tensor(folder: Path) -> Tensor:
-    """Read what `save_tensor` wrote.
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote.
 
     Raises:
         UserError: missing or damaged.
     """
     try:
-        return load_file(folder / TENSOR)["tensor"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"cannot read {folder / TENSOR}: {one_line(error)}") from error
+        return load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {folder / TENSORS}: {one_line(error)}") from error

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
 
-from dragdiff.config import Config, check, walk
+from dragdiff.backbones.diffusion import layers_from
+from dragdiff.config import Config, check
 from dragdiff.errors import UserError
-from dragdiff.modules import attention, motion, tracking
-from dragdiff.modules.backbone import feature_block, self_attention_layers
+from dragdiff.modules import motion, tracking
+from dragdiff.options import walk
 
-_AN_EDITS_OWN = ("sample", "image", "prompt", "points", "mask", "drag.", "edit.", "output.", "cache.")
+if TYPE_CHECKING:
+    from dragdiff.backbones.diffusion import Diffusion
+    from dragdiff.backbones.loading import Structure
+
+T = TypeVar("T")
 
 
-def check_settings(config: Config, unet: Any = None) -> None:
+def check_settings(config: Config, model: Structure | Diffusion | None = None) -> None:
     """What can be known of the settings without weights.
 
     Args:
-        unet: the model's, see `loading.skeleton`; None leaves out what depends on it.
+        model: tells the names of its parts; None leaves out what depends on it.
 
     Raises:
         UserError: bad settings.
     """
     check(config)
-    strategy("drag.supervision", config.drag.supervision, motion.SUPERVISIONS)
-    strategy("drag.tracker", config.drag.tracker, tracking.TRACKERS)
-    if unet is not None:
-        check_blocks(config, lambda name: feature_block(unet, name), self_attention_layers(unet))
+    if config.reads("drag.supervision"):
+        strategy("drag.supervision", config.drag.supervision, motion.SUPERVISIONS)
+    if config.reads("drag.tracker"):
+        strategy("drag.tracker", config.drag.tracker, tracking.TRACKERS)
+    if model is None:
+        return
+    points = model.features if hasattr(model, "features") else model.feature_strides
+    for name in config.drag.features if config.reads("drag.features") else ():
+        if name not in points:
+            raise UserError(f"drag.features names {name!r}: the model has {', '.join(points)}")
+    if config.control.enabled and config.reads("control.start_layer"):
+        layers_from(model.self_attention_layers, config.control.start_layer)
 
 
-def check_blocks(config: Config, find_block: Callable[[str], Any], layers: Sequence[str]) -> None:
-    """Whether the model has the blocks that the settings name."""
-    for name in config.drag.features:
-        find_block(name)
-    if config.control.enabled:
-        attention.layers_from(layers, config.control.start_layer)
-
-
-def strategy(key: str, name: str, choices: dict[str, Any]) -> Any:
+def strategy(key: str, name: str, choices: Mapping[str, T]) -> T:
     """The choice that a setting names.
 
     Raises:
@@ -48,6 +53,10 @@ def strategy(key: str, name: str, choices: dict[str, Any]) -> Any:
     return choices[name]
 
 
-def shared_settings(config: Config) -> dict[str, Any]:
-    """The settings in which the edits of a batch must agree, by key."""
-    return {key: value for key, _, value in walk(config) if key == "drag.features" or not key.startswith(_AN_EDITS_OWN)}
+def shared_settings(config: Config) -> dict[str, object]:
+    """The settings in which edits that share forwards must agree, by key."""
+    return {
+        key: value
+        for key, f, value in walk(config)
+        if not f.metadata["own"] and (f.metadata["scope"] in ("result", "model") or key.startswith("model."))
+    }

@@ -16,16 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dragdiff.config import DEFAULT_OVERLAY, Config, StudyConfig, UIConfig, describe, load_config, load_study, load_ui
+from dragdiff import methods
+from dragdiff.config import DEFAULT_OVERLAY, Config, StudyConfig, UIConfig, load_config, load_study, load_ui
 from dragdiff.errors import UserError
+from dragdiff.options import describe
 
 if TYPE_CHECKING:
     from dragdiff.data.sample import EditSample
     from dragdiff.editor import Editor
-    from dragdiff.edits import EditResult, Request
+    from dragdiff.job import EditResult, Request
 
 DEFAULT_EXAMPLE = "example:sun"
-ANCHOR = [[[0, 0], [0, 0]]]  # a pair that moves nothing, where only the picture counts
 
 EDIT_HELP = f"""Drag one image, or each sample of a folder; results go to outputs/NAME/.
 
@@ -97,7 +98,7 @@ def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study
         prog=prog,
         usage="%(prog)s STUDY.yaml [key=value ...] [--plan] [--retry-failed] [--wandb-sweep FILE]",
         description=STUDY_HELP.replace("{prog}", prog),
-        epilog="all keys of a study, with their defaults:\n\n" + describe(StudyConfig).replace("%", "%%"),
+        epilog="all keys of a study, with their defaults:\n\n" + describe(StudyConfig()).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", metavar="STUDY.yaml")
@@ -128,7 +129,7 @@ def main_ui(argv: Sequence[str] | None = None, *, prog: str = "dragdiff ui") -> 
         prog=prog,
         usage="%(prog)s [PAGE.yaml ...] [key=value ...]",
         description=UI_HELP.replace("{prog}", prog),
-        epilog="all keys of the page, with their defaults:\n\n" + describe(UIConfig).replace("%", "%%"),
+        epilog="all keys of the page, with their defaults:\n\n" + describe(UIConfig()).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="PAGE.yaml | key=value", help="see above and below")
@@ -150,7 +151,7 @@ def _config_parser(prog: str, text: str) -> argparse.ArgumentParser:
         prog=prog,
         usage="%(prog)s [CONFIG.yaml ...] [key=value ...]",
         description=text.replace("{prog}", prog),
-        epilog="all keys, with their defaults:\n\n" + describe().replace("%", "%%"),
+        epilog="all keys, with their defaults:\n\n" + describe(Config()).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help="see above and below")
@@ -195,7 +196,7 @@ def edit(arguments: argparse.Namespace) -> int:
     """Drag what the settings name."""
     config = _config(arguments)
     if config.generate.enabled and not config.points:
-        return _each_sample(config, _generate_one, need_points=False)
+        return _each_sample(config, _generate_one, edits=False)
     return _each_sample(config, _edit_batch, batch=config.edit.batch)
 
 
@@ -203,7 +204,8 @@ def _edit_batch(editor: Editor, requests: Sequence[Request]) -> list[str | UserE
     if len(requests) == 1:
         (request,) = requests
         assert request.folder is not None
-        return [_said(editor.edit_and_save(request.sample, request.folder), request.folder)]
+        result = editor.edit_and_save(request.sample, request.folder, config=request.config)
+        return [_said(result, request.folder)]
     results = editor.edit_and_save_batch(requests)
     return [
         result if isinstance(result, UserError) else _said(result, request.folder)
@@ -212,11 +214,11 @@ def _edit_batch(editor: Editor, requests: Sequence[Request]) -> list[str | UserE
 
 
 def _said(result: EditResult, folder: Path | None) -> str:
+    lines = [f"wrote {folder}/: edited.png, comparison.png, trajectory.gif, metrics.json, config.yaml"]
+    if result.distance_after is None:
+        return "\n".join([*lines, f"{result.config.method}: done, without tracking"])
     reasons = {"reached": "all handles arrived", "steps": "all steps done"}
-    lines = [
-        f"wrote {folder}/: edited.png, comparison.png, trajectory.gif, metrics.json, config.yaml",
-        f"drag: {result.steps} steps, {reasons.get(result.stop_reason, result.stop_reason)}",
-    ]
+    lines.append(f"drag: {result.steps} steps, {reasons.get(result.stop_reason, result.stop_reason)}")
     for number, (before, after) in enumerate(zip(result.distance_before, result.distance_after, strict=True), 1):
         lines.append(f"point {number}: {before:.1f} px from its target before, {after:.1f} px after (as tracked)")
     return "\n".join(lines)
@@ -245,19 +247,19 @@ def train(arguments: argparse.Namespace) -> int:
         raise UserError(f"lora.path is {config.lora.path!r}: leave it empty to train a new LoRA")
     if config.lora.steps == 0:
         raise UserError("lora.steps is 0, so there is nothing to train: set e.g. lora.steps=80")
-    return _each_sample(config, _train_one, suffix="-lora", need_points=False)
+    return _each_sample(config, _train_one, suffix="-lora", edits=False)
 
 
 def _train_one(editor: Editor, requests: Sequence[Request]) -> list[str | UserError]:
+    from dragdiff.backbones import lora_file
     from dragdiff.loggers import open_logger
-    from dragdiff.modules import lora
 
     ((sample, folder),) = [(request.sample, request.folder) for request in requests]
     assert folder is not None
     with open_logger(editor.config, name=folder.name, folder=folder) as logger:
         trained = editor.finetune(sample, folder=folder, logger=logger)
     assert trained is not None
-    return [f"wrote {lora.save(trained, folder)}; use it with lora.path={folder}"]
+    return [f"wrote {lora_file.save(trained, folder)}; use it with lora.path={folder}"]
 
 
 def study(arguments: argparse.Namespace) -> int:
@@ -342,7 +344,7 @@ def _each_sample(
     work: Callable[[Editor, Sequence[Request]], list[str | UserError]],
     *,
     suffix: str = "",
-    need_points: bool = True,
+    edits: bool = True,
     batch: int = 1,
 ) -> int:
     """Do the work for each sample, in a folder of its own, and print what it says.
@@ -353,12 +355,12 @@ def _each_sample(
     from dragdiff.loggers import check_login
     from dragdiff.progress import Bars
 
-    jobs, failures = _read(config, suffix=suffix, need_points=need_points)
+    jobs, failures = _read(config, suffix=suffix, edits=edits)
     total = len(jobs) + len(failures)
     output.check_writable(jobs[0][0])
     check_login(config.logger)
 
-    from dragdiff.modules.loading import check_model
+    from dragdiff.backbones.loading import check_model
 
     check_model(config.model)
     if config.image and config.model.path == "embedded":
@@ -368,12 +370,11 @@ def _each_sample(
         )
 
     from dragdiff.editor import Editor, enough_memory
-    from dragdiff.edits import Request
+    from dragdiff.job import Request
 
     with closing(Bars()) as bars:
         editor, done = Editor(config, report=bars), 0
         for group in _batches(jobs, batch, editor):
-            editor.config = group[0][0]
             requests = [Request(sample, job, output.new_folder(job)) for job, sample in group]
             outcomes: list[str | UserError]
             try:
@@ -457,9 +458,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute()) if path else ""
 
 
-def _read(
-    config: Config, *, suffix: str, need_points: bool
-) -> tuple[list[tuple[Config, EditSample]], list[tuple[str, str]]]:
+def _read(config: Config, *, suffix: str, edits: bool) -> tuple[list[tuple[Config, EditSample]], list[tuple[str, str]]]:
     """Each sample, with the config that alone reproduces its run; and those that can't be read."""
     import numpy as np
 
@@ -473,9 +472,11 @@ def _read(
             name = f"{config.output.name}-{name}" if many else config.output.name
         if not config.generate.enabled:
             sample.resized(config.data.max_size)  # may get too small
+        if edits:
+            methods.find(config.method).check(sample)
         return replace(config, sample=folder, output=replace(config.output, name=name)), sample
 
-    points, mask = config.points or ([] if need_points else ANCHOR), config.mask or None
+    points, mask = config.points, config.mask or None
     if config.generate.enabled:  # its picture does not exist yet, but its size and so points and mask can be checked
         blank = np.zeros((config.generate.height, config.generate.width, 3), np.uint8)
         return [job(EditSample(blank, config.prompt, points, mask, f"generated-{config.seed}"))], []

@@ -1,71 +1,46 @@
-"""Every setting: its default, explanation, unit and check, once.
+"""Every setting that methods share: its default, explanation, unit and check, once; what is a method's own stands in
+its file.
 
 The defaults are the published DragDiffusion algorithm. A YAML file (an overlay) lists only what it changes;
-`load_config` merges defaults, overlays in order, then `key=value` overrides. Importing this module is cheap.
+`load_config` merges defaults, the method's published values, overlays in order, then `key=value` overrides. Importing
+this module is cheap.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from dragdiff.errors import UserError, one_line
+from dragdiff import methods
+from dragdiff.errors import UserError
+from dragdiff.methods.method import Method
+from dragdiff.options import (
+    Layer,
+    as_it_stands,
+    at_least,
+    check_values,
+    flat,
+    merged,
+    more_than,
+    one_of,
+    option,
+    read_override,
+    read_yaml,
+    within,
+)
 
 T = TypeVar("T")
-
-
-class Check(NamedTuple):
-    """What values an option may have: in words, the test, and what a form can show of it."""
-
-    words: str
-    holds: Callable[[Any], bool]
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-
-
 # What stands in for an overlay when none is named: the first run needs no download.
 DEFAULT_OVERLAY = "embedded"
-
-
-def more_than(low: float) -> Check:
-    return Check(f"> {low}", lambda value: value > low, low=low)
-
-
-def at_least(low: float) -> Check:
-    return Check(f">= {low}", lambda value: value >= low, low=low)
-
-
-def within(low: float, high: float, *, low_open: bool = False) -> Check:
-    words = f"in {'(' if low_open else '['}{low}, {high}]"
-    return Check(words, lambda value: (low < value if low_open else low <= value) and value <= high, low, high)
-
-
-def one_of(*choices: str) -> Check:
-    return Check(" | ".join(choices), lambda value: value in choices, choices=choices)
-
-
-def option(default: Any, explanation: str, check: Check | None = None, *, local: bool = False) -> Any:
-    """A dataclass field that carries its explanation (with unit) and its check.
-
-    Args:
-        local: it names a file, a folder, a device or an account here, or what the machine keeps: it belongs to whoever
-            starts the program, and the web page does not let its visitors set it.
-    """
-    metadata = {"explanation": explanation, "check": check, "local": local}
-    if isinstance(default, list | dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+DEFAULT_METHOD = "dragdiffusion"
+METHODS_OWN = ("lora", "ddim", "drag", "control")  # shared sections that each method has values of its own for
 
 
 @dataclass
@@ -87,42 +62,57 @@ class ModelConfig:
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "hub id, local folder (diffusers), single .safetensors file, or 'embedded'",
         local=True,
+        scope="model",
     )
     revision: str = option(
-        "", "hub revision; empty = the one in the hub's cache on this machine, else the newest", local=True
+        "",
+        "hub revision; empty = the one in the hub's cache on this machine, else the newest",
+        local=True,
+        scope="model",
     )
     prediction: str = option(
         "auto",
         "what the network predicts; auto = as the model's scheduler says (a single file of SD 2.x can't say it)",
         one_of("auto", "epsilon", "v_prediction"),
+        scope="model",
     )
     vae: str = option(
         "",
         "another autoencoder: hub id, local folder or .safetensors file, e.g. stabilityai/sd-vae-ft-mse; "
         "empty = the model's own",
         local=True,
+        scope="model",
     )
-    device: str = option("auto", "auto | cpu | cuda | cuda:N | mps", local=True)
-    dtype: str = option("fp32", "the weights' precision", one_of("fp32", "bf16", "fp16"))
+    unet: str = option(
+        "",
+        "another UNet of the same structure: hub id or local folder, e.g. SimianLuo/LCM_Dreamshaper_v7; "
+        "empty = the model's own",
+        local=True,
+        scope="model",
+    )
+    device: str = option("auto", "auto | cpu | cuda | cuda:N | mps", local=True, scope="machine")
+    dtype: str = option("fp32", "the weights' precision", one_of("fp32", "bf16", "fp16"), scope="model")
     autocast: str = option(
         "auto",
         "mixed precision: fp16 (CUDA, with loss scaling in training), bf16, none; "
         "auto = fp16 on CUDA unless the weights are bf16",
         one_of("auto", "fp16", "bf16", "none"),
+        scope="model",
     )
     memory: str = option(
         "normal",
-        "low = LoRA and drag keep less for their backward pass and compute it again, the LoRA is beside the weights, "
-        "freed memory goes back to the system: slower, the same result but for rounding",
+        "low = LoRA and drag keep less for their backward pass and compute it again: slower, the same result but for "
+        "rounding",
         one_of("normal", "low"),
         local=True,
+        scope="machine",
     )
     compile: bool = option(
         False,
-        "compile the network's transformer blocks (needs a compiler: Triton on CUDA, g++ on a CPU) and, on CUDA, keep "
-        "its weights channels last: minutes at the first edit, each later step faster, the same result but for "
-        "rounding; a block that computes something else once compiled is found out and not used",
+        "compile the network's repeated blocks (needs a compiler: Triton on CUDA, g++ on a CPU): minutes at the first "
+        "edit, each later step faster, the same result but for rounding; gradients are compared before it is trusted",
         local=True,
+        scope="machine",
     )
 
 
@@ -145,9 +135,11 @@ class LoRAConfig:
         "random crops cut from the latent, encoded once; or 'pixel': each crop encoded by itself, as the reference",
         one_of("latent", "pixel"),
     )
-    resume: str = option("", "a checkpoint (last.ckpt beside kept LoRA files) to go on from", local=True)
+    resume: str = option(
+        "", "a checkpoint (last.ckpt beside kept LoRA files) to go on from", local=True, scope="machine"
+    )
     save_every: int = option(
-        0, "steps between LoRA files kept on the way; 0 = the last one only", at_least(0), local=True
+        0, "steps between LoRA files kept on the way; 0 = the last one only", at_least(0), local=True, scope="machine"
     )
 
 
@@ -177,24 +169,35 @@ class DDIMConfig:
         0.7, "inversion strength: the drag happens after this share of the steps", within(0, 1, low_open=True)
     )
 
+    @property
+    def taken(self) -> int:
+        """Steps of the schedule between the clean picture and the level of `strength`; Python's rounding."""
+        return round(self.steps * self.strength)
+
 
 @dataclass
 class DragConfig:
     """The optimisation of the latent."""
 
-    steps: int = option(80, "optimiser steps at most", at_least(0))
-    lr: float = option(0.01, "Adam's learning rate", more_than(0))
+    steps: int = option(80, "optimiser steps at most", at_least(0), own=True)
+    lr: float = option(0.01, "Adam's learning rate", more_than(0), own=True)
     features: list[str] = option(
         ["up_blocks.2"],
         "UNet blocks whose outputs are compared (mid_block, up_blocks.N); several are concatenated",
     )
-    grid_scale: float = option(0.5, "side of the feature grid / side of the image", within(0, 1, low_open=True))
-    motion_radius: int = option(1, "r1: half side of the supervised patch, grid px", at_least(0))
-    tracking_radius: int = option(3, "r2: half side of the tracking window, grid px", at_least(0))
-    stop_distance: float = option(2.0, "a handle nearer than this to its target has arrived, grid px", at_least(0))
-    mask_weight: float = option(0.1, "lambda of the term that keeps what lies outside the mask", at_least(0))
-    supervision: str = option("one_step", "motion supervision, by name: one_step (DragDiffusion)")
-    tracker: str = option("nearest", "point tracker, by name: nearest (L1 nearest neighbour to the initial feature)")
+    grid_scale: float = option(
+        0.5, "side of the feature grid / side of the image", within(0, 1, low_open=True), own=True
+    )
+    motion_radius: int = option(1, "r1: half side of the supervised patch, grid px", at_least(0), own=True)
+    tracking_radius: int = option(3, "r2: half side of the tracking window, grid px", at_least(0), own=True)
+    stop_distance: float = option(
+        2.0, "a handle nearer than this to its target has arrived, grid px", at_least(0), own=True
+    )
+    mask_weight: float = option(0.1, "lambda of the term that keeps what lies outside the mask", at_least(0), own=True)
+    supervision: str = option("one_step", "motion supervision, by name: one_step (DragDiffusion)", own=True)
+    tracker: str = option(
+        "nearest", "point tracker, by name: nearest (L1 nearest neighbour to the initial feature)", own=True
+    )
 
 
 @dataclass
@@ -215,6 +218,7 @@ class EditConfig:
         "samples with latents of one size that are fine-tuned and dragged together; results differ by rounding alone",
         at_least(1),
         local=True,
+        scope="machine",
     )
 
 
@@ -222,36 +226,46 @@ class EditConfig:
 class OutputConfig:
     """What is written where."""
 
-    folder: str = option("outputs", "results go to <output.folder>/<output.name>/", local=True)
+    folder: str = option("outputs", "results go to <output.folder>/<output.name>/", local=True, scope="machine")
     name: str = option(
         "",
         "empty = the sample's name; put before it when there are many; a number is added where it is taken",
         local=True,
+        scope="machine",
     )
-    frames_every: int = option(10, "drag steps between intermediate frames (disk and W&B); 0 = none", at_least(0))
+    frames_every: int = option(
+        10, "drag steps between intermediate frames (disk and W&B); 0 = none", at_least(0), scope="machine"
+    )
 
 
 @dataclass
 class LoggerConfig:
     """Experiment tracking."""
 
-    kind: str = option("none", "where losses and distances go", one_of("none", "csv", "wandb"), local=True)
-    project: str = option("dragdiff", "W&B project", local=True)
-    offline: bool = option(False, "W&B without network or login: synchronise later with `wandb sync`", local=True)
-    group: str = option("", "W&B group; empty = method and model", local=True)
-    tags: list[str] = option([], "more W&B tags, besides method and model", local=True)
+    kind: str = option(
+        "none", "where losses and distances go", one_of("none", "csv", "wandb"), local=True, scope="machine"
+    )
+    project: str = option("dragdiff", "W&B project", local=True, scope="machine")
+    offline: bool = option(
+        False, "W&B without network or login: synchronise later with `wandb sync`", local=True, scope="machine"
+    )
+    group: str = option("", "W&B group; empty = method and model", local=True, scope="machine")
+    tags: list[str] = option([], "more W&B tags, besides method and model", local=True, scope="machine")
 
 
 @dataclass
 class CacheConfig:
     """What is kept between runs."""
 
-    enabled: bool = option(True, "reuse trained LoRAs, inverted latents and prompt embeddings", local=True)
+    enabled: bool = option(
+        True, "reuse trained LoRAs, inverted latents and prompt embeddings", local=True, scope="machine"
+    )
     limit_gb: float = option(
         10.0,
         "of the folder; what was used longest ago is deleted for what is new; 0 = no limit",
         at_least(0),
         local=True,
+        scope="machine",
     )
     reference_mb: int = option(
         0,
@@ -259,31 +273,41 @@ class CacheConfig:
         "MB; what needs more is computed again",
         at_least(0),
         local=True,
+        scope="machine",
     )
-    folder: str = option("", "empty = $XDG_CACHE_HOME/dragdiff, or ~/.cache/dragdiff", local=True)
+    folder: str = option("", "empty = $XDG_CACHE_HOME/dragdiff, or ~/.cache/dragdiff", local=True, scope="machine")
 
 
 @dataclass
 class Config:
-    """One edit. The input is a sample folder, or an image with points, or a generated picture."""
+    """One edit. The input is a sample folder, or an image with points, or a generated picture.
 
+    A method that has settings of its own has a section of its name for them, see `config_class`.
+    """
+
+    method: str = option(DEFAULT_METHOD, "how the edit is done, by name: `dragdiff methods` lists them", own=False)
     sample: str = option(
         "",
         "a sample folder (ours, DragBench, Drag100), a folder of many, example:NAME, or a drawn scene:KIND-SEED",
         local=True,
+        scope="sample",
     )
-    image: str = option("", "picture file, with prompt, points and mask; instead of a sample", local=True)
-    prompt: str = option("", "what the picture shows; with a sample, in place of its own")
+    image: str = option(
+        "", "picture file, with prompt, points and mask; instead of a sample", local=True, scope="sample"
+    )
+    prompt: str = option("", "what the picture shows; with a sample, in place of its own", scope="sample")
     points: list[Any] = option(
         [],
         "pairs [[[x,y],[x,y]],...]: handle, target; px of the image, origin top left; "
         "with a sample, in place of its own",
+        scope="sample",
     )
     mask: str = option(
         "",
         "picture of the image's size, white = may change; empty = everything may change; "
         "with a sample, in place of its own",
         local=True,
+        scope="sample",
     )
     seed: int = option(42, "of the LoRA's draws and of generated pictures", within(0, 2**32 - 1))
     data: DataConfig = field(default_factory=DataConfig)
@@ -297,6 +321,36 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+
+    @property
+    def own(self) -> Any:
+        """The settings that the method alone has, of the dataclass in its file; None where it has none."""
+        return getattr(self, self.method, None)
+
+    def reads(self, key: str) -> bool:
+        """Whether the method reads the option of a dotted key: those outside of the shared sections all do."""
+        return key.partition(".")[0] not in METHODS_OWN or methods.find(self.method).reads_key(key)
+
+    def __reduce__(self) -> Any:  # the classes that `config_class` makes are in no module
+        return _unpickled, (self.method, vars(self))
+
+
+def _unpickled(method: str, values: dict[str, Any]) -> Config:
+    return config_class(method)(**values)
+
+
+@functools.cache
+def config_class(method: str) -> type[Config]:
+    """`Config` for a method: with a section of its name where it has settings of its own.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    settings = methods.find(method).settings
+    if settings is None:
+        return Config
+    section = (method, settings, field(default_factory=settings))
+    return dataclasses.make_dataclass("Config", [section], bases=(Config,))
 
 
 @dataclass
@@ -442,16 +496,6 @@ class BenchmarkConfig:
     output: str = option("", "JSON file for the results; empty = none")
 
 
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Each option of a config as (dotted key, field, value), sections flattened."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", f, value
-
-
 def config_folder() -> Path:
     """The overlays: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -474,23 +518,79 @@ def find_overlay(name: str | Path) -> Path:
     raise UserError(f"no config file {str(name)!r}: give a YAML file, or one of the shipped overlays {names}")
 
 
-def load_config(files: Sequence[str | Path | dict[str, Any]] = (), overrides: Sequence[str] = ()) -> Config:
-    """Merge defaults, overlays in order, then overrides, and check the result.
+def load_config(
+    files: Sequence[str | Path | dict[str, Any]] = (), overrides: Sequence[str | dict[str, Any]] = ()
+) -> Config:
+    """Merge defaults, the method's published values, overlays in order, then overrides, and check the result.
+
+    An overlay's plain keys in the shared sections (`METHODS_OWN`) are meant for the method that it names, else for the
+    default one; what it wants of another stands below `methods: {NAME: {...}}`.
 
     Args:
         files: YAML overlays, paths or names of shipped ones; or what such a file would hold.
-        overrides: `section.key=value`: text as it stands, anything else in YAML.
+        overrides: `section.key=value`: text as it stands, anything else in YAML; or settings by key. They are meant
+            for the chosen method.
 
     Raises:
-        UserError: a missing or malformed file, an unknown key (names the nearest), a value of the wrong type or range.
+        UserError: a missing or malformed file, an unknown method or key (names the nearest), a value of the wrong type
+            or range.
     """
-    overlays = [
-        (file, "the settings") if isinstance(file, dict) else (_read_yaml(find_overlay(file)), str(file))
+    overlays: list[Layer] = [
+        (file, "the settings") if isinstance(file, dict) else (read_yaml(find_overlay(file)), str(file))
         for file in files
     ]
-    config = _load(Config, overlays, overrides)
+    method = methods.find(_chosen(overlays, overrides))
+    kind = config_class(method.name)
+    layers: list[Layer] = [({"method": method.name, **method.published}, f"in the file of {method.name}")]
+    for overlay, name in overlays:
+        layers += _meant_for(method, overlay, f"in {name}")
+    layers.append(({"method": method.name}, ""))
+    for override in overrides:
+        values = override if isinstance(override, dict) else read_override(kind, override)
+        layers.append((values, "in the settings" if isinstance(override, dict) else f"in {override!r}"))
+    config = merged(kind, layers)
     check(config)
+    for override in overrides:
+        for key, _ in flat(override if isinstance(override, dict) else {override.partition("=")[0]: None}):
+            if not config.reads(key):
+                warnings.warn(f"{method.name} does not read {key}: it changes nothing", stacklevel=2)
     return config
+
+
+def _chosen(overlays: Sequence[Layer], overrides: Sequence[str | dict[str, Any]]) -> str:
+    """The method that the last of the layers names."""
+    named = [overlay.get("method") for overlay, _ in overlays]
+    for override in overrides:
+        if isinstance(override, dict):
+            named.append(override.get("method"))
+        elif override.startswith("method="):
+            named.append(override.removeprefix("method="))
+    return str(next((name for name in reversed(named) if name is not None), DEFAULT_METHOD))
+
+
+def _meant_for(method: Method, overlay: dict[Any, Any], where: str) -> list[Layer]:
+    """What an overlay wants of a method."""
+    theirs = str(overlay.get("method", DEFAULT_METHOD))
+    own = overlay.get("methods", {})
+    if not isinstance(own, dict):
+        raise UserError(f"methods {where} is {own!r}: it must hold settings by the names of methods")
+    for name in own:
+        methods.find(str(name))
+    plain = {key: value for key, value in overlay.items() if key != "methods"}
+    if theirs != method.name:
+        bound = (*METHODS_OWN, theirs)
+        left_out = {str(key).partition(".")[0] for key in plain} & set(bound)
+        plain = {key: value for key, value in plain.items() if str(key).partition(".")[0] not in bound}
+        if left_out and "method" in overlay:
+            warnings.warn(
+                f"what the settings {where} say of {', '.join(sorted(left_out))} is meant for {theirs}: {method.name} "
+                "has its published values",
+                stacklevel=3,
+            )
+    layers: list[Layer] = [(plain, where)]
+    if own.get(method.name):
+        layers.append((own[method.name], f"below methods.{method.name} {where}"))
+    return layers
 
 
 def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
@@ -499,9 +599,9 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         UserError: as `load_config`.
     """
-    study = _load(StudyConfig, _study_overlays(Path(file)), overrides)
+    study = _loaded(StudyConfig, _study_overlays(Path(file)), overrides)
     study.name = study.name or Path(file).stem
-    _check_values(study)
+    check_values(study)
     if Path(study.name).name != study.name or study.name in ("..", "results", "failures"):
         raise UserError(f"name is {study.name!r}: it must be a plain name of its own, it names a folder in results")
     return study
@@ -516,8 +616,8 @@ def load_ui(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> 
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"no file {str(file)!r}: give a YAML file of the page's settings, or key=value")
-    settings = _load(UIConfig, [(_read_yaml(Path(file)), str(file)) for file in files], overrides)
-    _check_values(settings)
+    settings = _loaded(UIConfig, [(read_yaml(Path(file)), f"in {file}") for file in files], overrides)
+    check_values(settings)
     if not settings.models:
         raise UserError(f"models is empty: name at least one overlay, e.g. models=[{DEFAULT_OVERLAY}]")
     return settings
@@ -529,34 +629,24 @@ def load_benchmark(overrides: Sequence[str] = ()) -> BenchmarkConfig:
     Raises:
         UserError: as `load_config`.
     """
-    settings = _load(BenchmarkConfig, [], overrides)
-    _check_values(settings)
+    settings = _loaded(BenchmarkConfig, [], overrides)
+    check_values(settings)
     return settings
 
 
-def _study_overlays(file: Path, depth: int = 0) -> list[tuple[dict[Any, Any], str]]:
+def _loaded(kind: type[T], layers: Sequence[Layer], overrides: Sequence[str]) -> T:
+    return merged(kind, [*layers, *((read_override(kind, text), f"in {text!r}") for text in overrides)])
+
+
+def _study_overlays(file: Path, depth: int = 0) -> list[Layer]:
     if not file.is_file():
         raise UserError(f"no study file {str(file)!r}: give a YAML file, e.g. experiments/scenes/timestep.yaml")
-    overlay = _read_yaml(file)
+    overlay = read_yaml(file)
     if not overlay.get("extends"):
-        return [(overlay, str(file))]
+        return [(overlay, f"in {file}")]
     if depth == 9:
         raise UserError(f"{file} extends files that extend each other")
-    return [*_study_overlays(file.parent / str(overlay["extends"]), depth + 1), (overlay, str(file))]
-
-
-def _load(kind: type[T], overlays: Sequence[tuple[dict[Any, Any], str]], overrides: Sequence[str]) -> T:
-    merged = OmegaConf.structured(kind)
-    for overlay, name in overlays:
-        _merge(kind, merged, overlay, f"in {name}")
-    for override in overrides:
-        _merge(kind, merged, _read_override(kind, override), f"in {override!r}")
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"cannot follow a reference ${{...}} in the settings: {one_line(error)}") from error
-    assert isinstance(config, kind)
-    return config
+    return [*_study_overlays(file.parent / str(overlay["extends"]), depth + 1), (overlay, f"in {file}")]
 
 
 def check(config: Config) -> None:
@@ -565,7 +655,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: names the key, the value and what is allowed.
     """
-    _check_values(config)
+    check_values(config)
     if not config.drag.features:
         raise UserError("drag.features is empty: name at least one block, e.g. drag.features=[up_blocks.2]")
     if config.sample and config.image:
@@ -579,120 +669,12 @@ def check(config: Config) -> None:
     name = Path(config.output.name)
     if config.output.name and (name.is_absolute() or not name.name or ".." in name.parts):
         raise UserError(f"output.name is {config.output.name!r}: it must be a name, or a path, below output.folder")
-    if round(config.ddim.steps * config.ddim.strength) < 1:
+    if config.ddim.taken < 1:
         raise UserError(
             f"ddim.strength {config.ddim.strength} of {config.ddim.steps} steps leaves no step: raise one of them"
         )
 
 
-def _check_values(config: Config | StudyConfig | UIConfig | BenchmarkConfig) -> None:
-    for key, f, value in walk(config):
-        allowed: Check | None = f.metadata["check"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} is {value}: it must be a finite number")
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise UserError(f"{key} is {value}: it is too large a number")
-        if allowed and not allowed.holds(value):
-            raise UserError(f"{key} is {value!r}: it must be {allowed.words}")
-
-
 def to_yaml(config: Config | StudyConfig) -> str:
     """The whole resolved config; `load_config` of it alone gives the same config."""
     return OmegaConf.to_yaml(as_it_stands(dataclasses.asdict(config)))
-
-
-def describe(kind: type[Config] | type[StudyConfig] | type[UIConfig] | type[BenchmarkConfig] = Config) -> str:
-    """Every key with its default and explanation, for --help."""
-    lines = []
-    for key, f, value in walk(kind()):
-        allowed = f"  [{f.metadata['check'].words}]" if f.metadata["check"] else ""
-        shown = "''" if value == "" else value
-        lines.append(f"  {key}={shown}\n      {f.metadata['explanation']}{allowed}")
-    return "\n".join(lines)
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    try:
-        overlay = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # YAML, encoding and permission errors have no common base
-        raise UserError(f"cannot read config {path}: {one_line(error)}") from error
-    if not isinstance(overlay, dict):
-        raise UserError(f"cannot read config {path}: it must hold key: value lines")
-    return overlay
-
-
-def _read_override(kind: type, override: str) -> dict[Any, Any]:
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise UserError(f"cannot read {override!r}: settings are written key=value, e.g. drag.lr=0.02")
-    if isinstance(_defaults(kind).get(key), str):  # prompts and paths need no YAML quoting
-        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-        return {key: as_it_stands(text[1:-1] if quoted else text)}
-    try:
-        return {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]}  # type: ignore[call-overload,index]
-    except Exception as error:  # OmegaConf lets several YAML and grammar errors through
-        raise UserError(f"cannot read {override!r}: {one_line(error)}") from error
-
-
-def as_it_stands(value: Any) -> Any:
-    """The same for OmegaConf, which would take `${` in a text for a reference to another key or the environment."""
-    if isinstance(value, dict):
-        return {key: as_it_stands(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [as_it_stands(entry) for entry in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-@functools.cache
-def _defaults(kind: type) -> dict[str, Any]:
-    return {key: value for key, _, value in walk(kind())}
-
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list, e.g. [a, b]",
-    dict: "key: value pairs",
-}
-
-
-def _merge(kind: type, config: DictConfig, overlay: dict[Any, Any], where: str, prefix: str = "") -> None:
-    defaults = _defaults(kind)
-    for name, value in overlay.items():
-        key = f"{prefix}{name}"
-        inside = next((known for known in defaults if key.startswith(f"{known}.")), None)
-        example = next((known for known in defaults if known.startswith(f"{key}.")), None)
-        if example and isinstance(value, dict):
-            _merge(kind, config, value, where, f"{key}.")
-        elif example:
-            raise UserError(f"{key} {where} is a section: set one of its keys, e.g. {example}")
-        elif inside and isinstance(defaults[inside], dict):  # settings.drag.lr=0.02
-            OmegaConf.select(config, inside)[key.removeprefix(f"{inside}.")] = value
-        elif key == "settings" and isinstance(value, dict):  # unlike a grid they add to those of a parent
-            for setting, given in flat(value):
-                config.settings[setting] = given
-        elif key not in defaults:
-            nearest = nearest_key(key, kind)
-            raise UserError(f"unknown key {key!r} {where}: did you mean {nearest!r}? (--help lists all keys)")
-        else:
-            try:
-                OmegaConf.update(config, key, value, merge=False)
-            except Exception as error:  # OmegaConf's own, and bare TypeError and ValueError
-                wanted = _KINDS[type(defaults[key])]
-                raise UserError(f"{key} is {value!r} {where}: it must be {wanted}") from error
-
-
-def flat(settings: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their dotted keys, sections flattened."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def nearest_key(key: str, kind: type = Config) -> str:
-    """The known key that looks most like this one."""
-    return difflib.get_close_matches(key, sorted(_defaults(kind)), n=1, cutoff=0.0)[0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -17,29 +18,31 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from dragdiff import cache, output
-from dragdiff.callbacks import Watch
-from dragdiff.checks import check_blocks, check_settings, shared_settings
+from dragdiff import cache, methods, output
+from dragdiff.backbones.diffusion import Diffusion
+from dragdiff.backbones.loading import load_backbone, resolve_autocast, structure
+from dragdiff.callbacks import Frames, Spectator, Watch
+from dragdiff.checks import check_settings, shared_settings
 from dragdiff.config import Config, ModelConfig, load_config
 from dragdiff.data.sample import EditSample
-from dragdiff.edits import Edit, EditResult, Request
 from dragdiff.errors import UserError
+from dragdiff.job import Edit, EditResult, Job, NothingLeft, Report, Request
 from dragdiff.loggers import log_result, open_logger
 from dragdiff.models.trainer import Recording
-from dragdiff.modules import lora, points
-from dragdiff.modules.backbone import Backbone
-from dragdiff.modules.denoiser import Denoiser
-from dragdiff.modules.loading import load_backbone, skeleton
-from dragdiff.stages import Report, Stages, keep_rows, named_lora
+from dragdiff.modules import points
+from dragdiff.modules.lora import LoRA
+from dragdiff.stages import adapters
+from dragdiff.stages.sources import generated
 
 TOO_LITTLE_MEMORY = (
     "the device's memory is too small for this picture: set model.memory=low, a smaller data.max_size, "
     "model.dtype=fp16 or a smaller lora.batch_size"
 )
+T = TypeVar("T")
 
 
-class Editor(Stages):
-    """Edits samples with one loaded model.
+class Editor:
+    """Edits samples with one loaded model, by the method that the settings name.
 
     Example:
         >>> from dragdiff import Editor, EditSample
@@ -49,9 +52,16 @@ class Editor(Stages):
         With a diffusers pipeline of one's own, which an edit leaves as it was:
 
         >>> editor = Editor(config, backbone=StableDiffusion(pipeline))               # doctest: +SKIP
+
+    Attributes:
+        config: the settings.
+        backbone: the loaded model.
+        report: called after each step of each stage.
+        autocast: mixed precision of what is optimised: "none", "fp16" or "bf16".
+        ran_together: edits of the last batch, or pictures whose LoRAs were trained.
     """
 
-    def __init__(self, config: Config, backbone: Backbone | None = None, *, report: Report | None = None) -> None:
+    def __init__(self, config: Config, backbone: Diffusion | None = None, *, report: Report | None = None) -> None:
         """
         Args:
             config: the settings; checked here.
@@ -61,31 +71,45 @@ class Editor(Stages):
         Raises:
             UserError: bad settings, or no such model.
         """
-        check_settings(config, skeleton(config.model) if backbone is None else None)
-        named_lora(config)
-        super().__init__(config, backbone or load_backbone(config.model), report)
-        check_blocks(config, self.backbone.feature_block, self.backbone.self_attention_layers)
-        self.ran_together = 0  # edits of the last batch, or pictures whose LoRAs were trained
+        check_settings(config, structure(config.model) if backbone is None else None)
+        adapters.named(config)
+        self.config, self.backbone = config, backbone or load_backbone(config.model)
+        self.report = report or (lambda stage, done, total, note: None)
+        check_settings(config, self.backbone)
+        self.method = methods.find(config.method)
+        self.autocast = resolve_autocast(config.model.autocast, device=self.backbone.device, dtype=config.model.dtype)
+        folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
+        limit = round(config.cache.limit_gb * 1e9)
+        self.caches = {
+            stage: cache.StageCache(folder / stage if config.cache.enabled else None, limit=limit)
+            for stage in cache.STAGES
+        }
+        self.kept: dict[str, dict[str, object]] = {"references": {}, "generated": {}}  # of the pictures edited last
+        self.ran_together = 0
 
     @classmethod
     def from_config(cls, *files: str | Path, overrides: Sequence[str] = (), **kwargs: Any) -> Editor:
         """An editor from YAML overlays (paths, or names of shipped ones) and `key=value` overrides."""
         return cls(load_config(files, overrides), **kwargs)
 
+    # ------------------------------------------------------------------------------------------- edits
+
     def edit(
         self,
         sample: EditSample,
         *,
+        config: Config | None = None,
         folder: Path | None = None,
         logger: Logger | None = None,
         callbacks: Sequence[L.Callback] = (),
         watch: Watch | None = None,
     ) -> EditResult:
-        """Drag one sample.
+        """Edit one sample.
 
         Args:
-            sample: picture, prompt, point pairs, mask. With `generate.enabled` its picture, of the size that will be
-                generated, does not matter.
+            sample: picture, prompt, and what the method needs. With `generate.enabled` its picture, of the size that
+                will be generated, does not matter.
+            config: in place of the editor's, see `Request`.
             folder: where intermediate frames are written as they come; None keeps them in memory only.
             logger: a Lightning logger for losses, distances and frames (`config.logger` is for `edit_and_save`).
             callbacks: more observers of the drag.
@@ -95,13 +119,13 @@ class Editor(Stages):
         Raises:
             UserError: the sample does not fit the settings.
         """
-        (result,) = self.edit_batch([Request(sample, None, folder, logger, callbacks, watch)])
+        (result,) = self.edit_batch([Request(sample, config, folder, logger, callbacks, watch)])
         if isinstance(result, UserError):
             raise result
         return result
 
     def edit_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
-        """Drag several samples at once: their LoRAs are trained in one batch, their latents dragged in one.
+        """Edit several samples at once: their LoRAs are trained in one batch, their latents dragged in one.
 
         Results are those of `edit` but for rounding. The samples' pictures may be the same, then they share what
         depends on nothing else. Where a GPU's memory is too small for all at once, they go on in halves.
@@ -115,60 +139,130 @@ class Editor(Stages):
         Raises:
             UserError: the requests don't fit into one batch.
         """
+
+        def run(part: Sequence[Request]) -> list[EditResult | UserError]:
+            for request in part:
+                if isinstance(request.logger, Recording):
+                    request.logger.clear()
+            return self._run(part)
+
+        self._check_batch(requests)
+        return self._in_halves(
+            requests, run, f"{len(requests)} edits", lambda part: [UserError(TOO_LITTLE_MEMORY)] * len(part)
+        )
+
+    def _in_halves(
+        self,
+        items: Sequence[T],
+        work: Callable[[Sequence[T]], list[Any]],
+        what: str,
+        lost: Callable[[Sequence[T]], list[Any]],
+    ) -> list[Any]:
+        """What the work gives for all items together; where a device's memory is too small, for one half after the
+        other; `lost` stands for those that are too large by themselves.
+
+        Raises:
+            OutOfMemoryError: a single item was asked for, and is too large.
+        """
         try:
-            return self._edit_batch(requests)
+            return work(items)
         except torch.OutOfMemoryError:
-            if len(requests) == 1:
+            if len(items) == 1:
                 raise
         # outside of the clause the error is gone, and with it what it holds
-        warnings.warn(
-            f"the device's memory is too small for {len(requests)} edits at once: they go on in halves", stacklevel=2
-        )
-        for request in requests:
-            if isinstance(request.logger, Recording):
-                request.logger.clear()
-        middle, results = len(requests) // 2, []
-        for half in (requests[:middle], requests[middle:]):
+        warnings.warn(f"the device's memory is too small for {what} at once: they go on in halves", stacklevel=3)
+        middle, results = len(items) // 2, []
+        for half in (items[:middle], items[middle:]):
             self.forget()
             try:
-                results += self.edit_batch(half)
+                results += self._in_halves(half, work, str(len(half)), lost)
             except torch.OutOfMemoryError:  # what the other half has made is not lost
-                results += [UserError(TOO_LITTLE_MEMORY)] * len(half)
+                results += lost(half)
         return results
 
-    def _edit_batch(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
-        self.seconds = {}
-        self._begin_together()
-        self._check_batch(requests)
-        scheduler = self._scheduler()
-        path: list[Tensor] = []
-        prompts: list[str] = []
-        generated: list[np.ndarray] = []
-        if self.config.generate.enabled:
-            prompts = list(dict.fromkeys(request.sample.prompt for request in requests))
-            generated, path, scheduler = self._generate(prompts)
+    def _run(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
+        self._begin()
+        job = self.job()
         outcomes: dict[int, EditResult | UserError] = {}
-        edits, pictures = self._begin(requests, dict(zip(prompts, generated, strict=True)), outcomes)
-        adapters = self._adapters(pictures, edits, outcomes)
-        if edits:
-            with self._frozen(), self._adapted(adapters) as beside, self._freeu():
-                embeddings = self._embeddings([picture.prompt for picture in pictures])
-                denoiser = Denoiser(self.backbone, embeddings, guidance=self._guidance, adapters=beside)
-                inputs = self._inputs_of_each(adapters, beside)
-                with self.backbone.parts_resting():
-                    if path:
-                        rows = [prompts.index(picture.prompt) for picture in pictures]  # a refused edit has no picture
-                        sources = path[len(path) - 1 - self.drag_steps_of_schedule][rows]
-                        keep_rows(scheduler, rows)
-                    else:
-                        sources = self._invert(pictures, denoiser, inputs)
-                    edits = self._finite(edits, sources, outcomes)
-                    self._drag(edits, sources, denoiser)
-                    images = self._denoise(edits, sources, denoiser, scheduler, inputs)
-            self.ran_together = len(edits)
-            for edit, image in zip(edits, images, strict=True):
-                outcomes[edit.number] = self._result(edit, image, len(edits))
+        with suppress(NothingLeft):
+            pictures: dict[tuple[str, str], EditSample] = {}
+            for number, request in enumerate(requests):
+                try:
+                    job.edits.append(self._edit(number, request, pictures))
+                except UserError as error:
+                    outcomes[number] = UserError(str(error))  # without what its traceback holds
+            job.pictures = list(pictures.values())
+            if job.edits:
+                with self.backbone.frozen(self.config.model):
+                    images = self.method.run(job)
+                self.ran_together = len(job.edits)
+                for edit, image in zip(job.edits, images, strict=True):
+                    outcomes[edit.number] = self._result(job, edit, image)
+        outcomes |= job.failed
         return [outcomes[number] for number in range(len(requests))]
+
+    def _edit(self, number: int, request: Request, pictures: dict[tuple[str, str], EditSample]) -> Edit:
+        """An edit that can begin; its picture is added to the different ones.
+
+        Raises:
+            UserError: its sample does not fit the settings or the method.
+        """
+        sample, config = request.sample, request.config or self.config
+        self.method.check(sample)
+        generate = config.generate
+        if generate.enabled:  # its picture comes later
+            blank = np.zeros((generate.height, generate.width, 3), np.uint8)
+            working = sample = dataclasses.replace(sample, image=blank)
+        else:
+            working, prompt = sample.resized(config.data.max_size), self.method.prompt(config, sample.prompt)
+            if prompt != sample.prompt:
+                working = dataclasses.replace(working, prompt=prompt)
+        size, device = working.image.shape[:2], self.backbone.device
+        grid = points.grid_size(size, config.drag.grid_scale)
+        handles, targets = (
+            points.to_grid(torch.tensor(np.asarray(which)), image_size=size, grid=grid).to(device)
+            for which in (working.handles, working.targets)
+        )
+        keep = None
+        if working.mask is not None:
+            latent_size = self.backbone.latent_size(*size)
+            mask = torch.from_numpy(np.array(working.mask))
+            keep = 1 - points.mask_to_latent(mask, grid=grid, latent_size=latent_size).to(device)
+        key = (cache.digest(image=working.image), working.prompt)
+        pictures.setdefault(key, working)
+        edit = Edit(
+            number,
+            list(pictures).index(key),
+            request,
+            config,
+            sample,
+            working,
+            points.Points(handles, handles.clone(), targets, grid),
+            keep,
+            torch.Generator().manual_seed(config.seed),
+        )
+        _observe(edit)
+        return edit
+
+    def _result(self, job: Job, edit: Edit, image: np.ndarray) -> EditResult:
+        positions, grid = edit.trajectory.positions, edit.points.grid
+        size = edit.sample.image.shape[:2]
+        frames = [
+            (step, picture, points.to_image(handles, image_size=size, grid=grid).numpy())
+            for step, picture, handles in edit.frames.frames
+        ]
+        tracked = bool(positions) or bool(edit.stop_reason)
+        return EditResult(
+            sample=edit.sample,
+            image=image,
+            trajectory=edit.to_px(positions or [edit.points.handles]) if tracked else None,
+            steps=edit.steps,
+            stop_reason=edit.stop_reason,
+            frames=frames,
+            seconds={stage: seconds / len(job.edits) for stage, seconds in job.seconds.items()},
+            peak_memory_mb=peak_memory_mb(self.backbone.device),
+            config=edit.config,
+        )
 
     def size_class(self, sample: EditSample) -> points.Size:
         """(h, w) of the sample's latent: edits with the same can be in one batch."""
@@ -176,18 +270,45 @@ class Editor(Stages):
         size = (generate.height, generate.width) if generate.enabled else self._working(sample).image.shape[:2]
         return self.backbone.latent_size(*size)
 
-    def edit_and_save(self, sample: EditSample, folder: str | Path, **observers: Any) -> EditResult:
+    def _working(self, sample: EditSample) -> EditSample:
+        return sample.resized(self.config.data.max_size)
+
+    def _check_batch(self, requests: Sequence[Request]) -> None:
+        if not requests:
+            raise UserError("a batch needs at least one edit")
+        sizes = set()
+        for request in requests:
+            with suppress(UserError):  # of one sample: `_edit` says so
+                sizes.add(self.size_class(request.sample))
+        if len(sizes) > 1:
+            raise UserError(f"the pictures of a batch need latents of one size, these have {sorted(sizes)}")
+        ours = shared_settings(self.config)
+        for config in (request.config for request in requests if request.config is not None):
+            check_settings(config)
+            theirs = shared_settings(config)
+            for key in ours:
+                if ours[key] != theirs.get(key):
+                    raise UserError(
+                        f"{key} is {theirs.get(key)!r} in one edit and {ours[key]!r} in another: the edits of a batch "
+                        "may differ in their samples and in what drag.* says, drag.features apart"
+                    )
+
+    # ------------------------------------------------------------------------------------------- with files
+
+    def edit_and_save(
+        self, sample: EditSample, folder: str | Path, *, config: Config | None = None, **observers: Any
+    ) -> EditResult:
         """As `edit`; writes into the folder, and logs as `config.logger` says, all that the command does.
 
         Args:
-            observers: `callbacks` and `watch`, as for `edit`.
+            config, observers: `config`, `callbacks` and `watch`, as for `edit`.
 
         Raises:
             UserError: as `edit`; also, before any work, where the folder can't be made.
         """
         folder = _made(folder)
-        with open_logger(self.config, name=folder.name, folder=folder) as logger:
-            result = self.edit(sample, folder=folder, logger=logger, **observers)
+        with open_logger(config or self.config, name=folder.name, folder=folder) as logger:
+            result = self.edit(sample, config=config, folder=folder, logger=logger, **observers)
             output.save(result, folder)
             log_result(logger, output.comparison(result), output.metrics(result))
         return result
@@ -220,9 +341,9 @@ class Editor(Stages):
                     results[number] = UserError(f"{error} (the pictures are in {folder})")
         return results
 
-    def finetune(
-        self, sample: EditSample, *, folder: Path | None = None, logger: Logger | None = None
-    ) -> lora.LoRA | None:
+    # ------------------------------------------------------------------------------------------- parts of an edit
+
+    def finetune(self, sample: EditSample, *, folder: Path | None = None, logger: Logger | None = None) -> LoRA | None:
         """The sample's LoRA: the file that the config names, or the cached one, or a newly trained one.
 
         Args:
@@ -231,15 +352,17 @@ class Editor(Stages):
         Returns:
             None when `lora.steps` is 0 and no file is named.
         """
-        settings, sample = self.config.lora, self._working(sample)
+        settings = self.config.lora
         if settings.path:
-            return named_lora(self.config)
+            return adapters.named(self.config)
         if settings.steps == 0:
             return None
-        if settings.resume or (folder is not None and settings.save_every):
-            (trained,) = self._train_loras([sample], [logger], folder=folder)
-        else:
-            (trained,) = self._finetune([sample], [logger])
+        job = self.job([self._working(sample)])
+        with self.backbone.frozen(self.config.model):
+            if folder is not None and settings.save_every:
+                (trained,) = adapters.train(job, job.pictures, [logger], folder=folder)
+            else:
+                (trained,) = adapters.trained_loras(job, [logger])
         if isinstance(trained, UserError):
             raise trained
         return trained
@@ -249,58 +372,51 @@ class Editor(Stages):
 
         Where a GPU's memory is too small for all at once, they go on in halves.
         """
-        samples = list({self._lora_key(w, 0): w for w in map(self._working, samples)}.values())  # each picture once
-        try:
-            self._share_loras(samples, steps)
-            return
-        except torch.OutOfMemoryError:
-            if len(samples) == 1:
-                raise
-        middle = len(samples) // 2
-        for half in (samples[:middle], samples[middle:]):
-            self.forget()
-            self.share_loras(half, steps)
 
-    def _begin_together(self) -> None:
-        """What was run before, and its peak of memory, does not count."""
-        self.ran_together = 0
-        if self.backbone.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.backbone.device)
+        def run(part: Sequence[EditSample]) -> list[None]:
+            self._begin()
+            with self.backbone.frozen(self.config.model):
+                self.ran_together = adapters.share(self.job(part), steps)
+            return []
 
-    def _share_loras(self, samples: Sequence[EditSample], steps: Collection[int]) -> None:
-        self._begin_together()
-        keys = {(row, count): self._lora_key(sample, count) for row, sample in enumerate(samples) for count in steps}
-        missing = [place for place, key in keys.items() if key not in self._loras]
-        if not missing or not self.config.cache.enabled:
-            return
-        rows = sorted({row for row, _ in missing})
+        different = {cache.digest(image=w.image, prompt=w.prompt): w for w in map(self._working, samples)}
+        self._in_halves(list(different.values()), run, f"{len(different)} LoRAs", lambda part: [])
 
-        def keep(number: int, count: int, trained: lora.LoRA) -> None:
-            if (place := (rows[number], count)) in missing:
-                self._loras.put(keys[place], trained, save=lora.save)
+    def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
+        """Generate a picture as `config.generate` says.
 
-        most = max(count for _, count in missing)
-        longest = dataclasses.replace(self.config.lora, steps=most)
-        # one that diverges says so where it is used
-        self.reconfigured(dataclasses.replace(self.config, lora=longest))._train_loras(
-            [samples[row] for row in rows], [None] * len(rows), snapshots=steps, keep=keep
-        )
-        self.ran_together = len(rows)
+        Returns:
+            ((H, W, 3) uint8, the latent before each step and the clean one).
+        """
+        size = self.config.generate.height, self.config.generate.width
+        job = self.job([EditSample(np.zeros((*size, 3), np.uint8), prompt, [])])
+        with self.backbone.frozen(self.config.model), adapters.adapted(job, [adapters.named(self.config)]):
+            (picture,), path, _ = generated(job)
+        return picture, path
 
-    def reconfigured(self, config: Config) -> Editor:
+    def job(self, pictures: Sequence[EditSample] = ()) -> Job:
+        """A job with this editor's model and settings, and no edits yet."""
+        return Job(self.config, self.backbone, [], list(pictures), self.caches, self.kept, self.autocast, self.report)
+
+    # ------------------------------------------------------------------------------------------- the editor itself
+
+    def reconfigured(self, config: Config, *, report: Report | None = None) -> Editor:
         """An editor with other settings, but the same model, `config.model` notwithstanding, and what it has in memory.
+
+        Args:
+            report: in place of this editor's.
 
         Raises:
             UserError: bad settings.
         """
-        other = Editor(config, self.backbone, report=self.report)
-        other._references, other._generated = self._references, self._generated
+        other = Editor(config, self.backbone, report=report or self.report)
+        other.kept = self.kept
         return other
 
     def forget(self) -> None:
         """Give up what is kept in memory for the next edit of the same picture."""
-        self._references.clear()
-        self._generated.clear()
+        for memory in self.kept.values():
+            memory.clear()
         if self.backbone.device.type == "cuda":
             gc.collect()  # a Trainer that failed is a cycle
             torch.cuda.empty_cache()
@@ -311,63 +427,11 @@ class Editor(Stages):
         kept = dataclasses.replace(self.config.cache, reference_mb=0)
         return self.reconfigured(dataclasses.replace(self.config, cache=kept))
 
-    def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
-        """Generate a picture as `config.generate` says.
-
-        Returns:
-            ((H, W, 3) uint8, the latent before each step and the clean one).
-        """
-        (picture,), path, _ = self._generate([prompt])
-        return picture, path
-
-    def _check_batch(self, requests: Sequence[Request]) -> None:
-        if not requests:
-            raise UserError("a batch needs at least one edit")
-        sizes = set()
-        for request in requests:
-            with suppress(UserError):  # of one sample: `_begin` says so
-                sizes.add(self.size_class(request.sample))
-        if len(sizes) > 1:
-            raise UserError(f"the pictures of a batch need latents of one size, these have {sorted(sizes)}")
-        ours = shared_settings(self.config)
-        for config in (request.config for request in requests if request.config is not None):
-            check_settings(config)
-            theirs = shared_settings(config)
-            for key in ours:
-                if ours[key] != theirs[key]:
-                    raise UserError(
-                        f"{key} is {theirs[key]!r} in one edit and {ours[key]!r} in another: the edits of a batch may "
-                        "differ in their samples and in what drag.* says, drag.features apart"
-                    )
-
-    def _begin(
-        self,
-        requests: Sequence[Request],
-        generated: Mapping[str, np.ndarray],
-        outcomes: dict[int, EditResult | UserError],
-    ) -> tuple[list[Edit], list[EditSample]]:
-        """The edits that can begin, and their different source pictures at the working size.
-
-        Args:
-            generated: the pictures that take the place of the samples', by prompt; empty where none are generated.
-        """
-        edits: list[Edit] = []
-        pictures: dict[tuple[str, str], EditSample] = {}
-        for number, request in enumerate(requests):
-            sample, config = request.sample, request.config or self.config
-            try:
-                if generated:
-                    working = sample = dataclasses.replace(sample, image=generated[sample.prompt])
-                else:
-                    working = self._working(sample)
-                keep = self._keep(working, config.drag)
-            except UserError as error:
-                outcomes[number] = UserError(str(error))  # without what its traceback holds
-                continue
-            key = (cache.digest(image=working.image), sample.prompt)
-            pictures.setdefault(key, working)
-            edits.append(Edit(number, list(pictures).index(key), request, config, sample, working, keep))
-        return edits, list(pictures.values())
+    def _begin(self) -> None:
+        """What was run before, and its peak of memory, does not count."""
+        self.ran_together = 0
+        if self.backbone.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.backbone.device)
 
 
 class OneModel:
@@ -377,8 +441,12 @@ class OneModel:
         self._editor: Editor | None = None
         self._loaded: ModelConfig | None = None
 
-    def editor(self, config: Config) -> Editor:
-        """
+    def editor(self, config: Config, *, report: Report | None = None) -> Editor:
+        """An editor with these settings, whose model is loaded where another one is.
+
+        Args:
+            report: as for `Editor`.
+
         Raises:
             UserError: bad settings, or no such model.
         """
@@ -388,7 +456,34 @@ class OneModel:
             torch.cuda.empty_cache()
             self._editor = Editor(config, load_backbone(config.model))
             self._loaded = copy.copy(config.model)
-        return self._editor.reconfigured(config)
+        return self._editor.reconfigured(config, report=report)
+
+
+def _observe(edit: Edit) -> None:
+    """Give an edit its observers."""
+    request = edit.request
+    log_image = getattr(request.logger, "log_image", None)
+    edit.frames = Frames(
+        draw=lambda picture: output.frame(picture, edit.sample, edit.to_px(edit.trajectory.positions)),
+        every=edit.config.output.frames_every,
+        folder=request.folder and request.folder / "frames",
+        send=lambda picture, step: log_image and log_image("drag/frame", [picture], caption=[f"step {step}"]),
+    )
+    edit.observers = [edit.trajectory, *request.callbacks, edit.frames]  # type: ignore[list-item]
+    if request.watch is not None:
+        edit.observers.append(Spectator(request.watch, edit.trajectory, edit.frames, to_px=edit.to_px))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak of the device's allocator (CUDA), else of this process's resident memory since it began; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 @contextmanager

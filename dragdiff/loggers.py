@@ -16,7 +16,6 @@ from dragdiff.errors import UserError, one_line
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-METHOD = "dragdiffusion"
 WANDB_TAG = 64  # characters that W&B allows
 MENDING = "run `wandb login`, or set logger.offline=true or logger.kind=none"
 
@@ -77,7 +76,7 @@ def _wandb_run(config: Config, name: str, folder: Path) -> AbstractContextManage
 
 def wandb_tags(config: Config) -> list[str]:
     """Method and model."""
-    return [METHOD, Path(config.model.path).name[:WANDB_TAG]]
+    return [config.method, Path(config.model.path).name[:WANDB_TAG]]
 
 
 @contextmanager
@@ -157,8 +156,9 @@ def _tolerant_logger(run: Any) -> Logger:
 def log_result(logger: Any, comparison: Any, metrics: dict[str, Any]) -> None:
     """Send an edit's final picture and numbers to W&B; other loggers have had all of theirs."""
     if hasattr(logger, "log_image"):
-        after = [point["distance_after_px"] for point in metrics["points"]]
         logger.log_image("comparison", [comparison])
-        logger.log_metrics({"distance_px": sum(after) / len(after), "steps": metrics["steps"]})
+        logger.log_metrics({"steps": metrics["steps"]})
+        if after := [point["distance_after_px"] for point in metrics["points"] if "distance_after_px" in point]:
+            logger.log_metrics({"distance_px": sum(after) / len(after)})
         logger.log_metrics({f"seconds/{stage}": seconds for stage, seconds in metrics["seconds"].items()})
         logger.experiment.summary["stop_reason"] = metrics["stop_reason"]

@@ -20,7 +20,7 @@ from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
     from dragdiff.data.sample import EditSample
-    from dragdiff.edits import EditResult
+    from dragdiff.job import EditResult
 
 HANDLE, TARGET, DARK = (228, 26, 28), (31, 90, 220), (20, 20, 20)
 SHOWN_SIDE = 384  # px: smaller pictures are enlarged in comparisons, so that one sees something
@@ -99,24 +99,17 @@ def save(result: EditResult, folder: Path) -> list[Path]:
 
 def metrics(result: EditResult) -> dict[str, Any]:
     """Distances as tracked (px of the image), steps, stop reason, seconds per stage, peak memory."""
-    pairs = zip(
-        result.sample.points.tolist(),
-        result.trajectory[-1].tolist(),
-        result.distance_before,
-        result.distance_after,
-        strict=True,
-    )
+    points = []
+    for number, (handle, target) in enumerate(result.sample.points.tolist()):
+        point = {"handle": handle, "target": target}
+        point["distance_before_px"] = round(float(result.distance_before[number]), 3)
+        if result.trajectory is not None and result.distance_after is not None:
+            point["tracked"] = result.trajectory[-1, number].tolist()
+            point["distance_after_px"] = round(float(result.distance_after[number]), 3)
+        points.append(point)
     return {
-        "points": [
-            {
-                "handle": handle,
-                "target": target,
-                "tracked": tracked,
-                "distance_before_px": round(float(before), 3),
-                "distance_after_px": round(float(after), 3),
-            }
-            for (handle, target), tracked, before, after in pairs
-        ],
+        "method": result.config.method,
+        "points": points,
         "steps": result.steps,
         "stop_reason": result.stop_reason,
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
@@ -138,6 +131,8 @@ def comparison(result: EditResult) -> Image.Image:
 def animation(result: EditResult) -> list[Image.Image]:
     """The source; previews and edited picture with the way that each handle has gone; the edited picture."""
     scale = _scale(result.sample, least=SHOWN_SIDE, most=ANIMATED_SIDE)
+    if result.trajectory is None:
+        return [annotated(result.sample, scale=scale), _resized(result.image, scale)]
     previews = [frame(preview, result.sample, result.trajectory[: step + 1]) for step, preview, _ in result.frames]
     arrived = frame(result.image, result.sample, result.trajectory)
     return [annotated(result.sample, scale=scale), *previews, arrived, _resized(result.image, scale)]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dragdiff.backbones.loading import load_backbone
+from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
-from dragdiff.modules.backbone import StableDiffusion
-from dragdiff.modules.loading import load_backbone
 
 TRACES = Path(__file__).parent / "data" / "traces"
 

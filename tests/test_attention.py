@@ -10,13 +10,13 @@ from conftest import TRACES
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from dragdiff.backbones.attention import layers_from, mutual_self_attention, recorded
 from dragdiff.config import load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.editor import Editor
-from dragdiff.edits import Request
 from dragdiff.errors import UserError
+from dragdiff.job import Request
 from dragdiff.modules import lora
-from dragdiff.modules.attention import layers_from, mutual_self_attention, recorded
 from dragdiff.modules.denoiser import Denoiser
 
 

@@ -14,12 +14,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from dragdiff.backbones.loading import DTYPES, load_backbone, skeleton
+from dragdiff.backbones.stable_diffusion import StableDiffusion, freeu
 from dragdiff.config import load_config
 from dragdiff.errors import UserError
 from dragdiff.modules import backbone as module
 from dragdiff.modules import ddim
-from dragdiff.modules.backbone import StableDiffusion, freeu
-from dragdiff.modules.loading import DTYPES, load_backbone, skeleton
 
 
 def settings(path, *overrides: str):

@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from dragdiff import Editor, EditSample
+from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.cli import main_edit
 from dragdiff.config import load_config, load_study
 from dragdiff.data.readers import write_folder
-from dragdiff.edits import EditResult, Request
 from dragdiff.errors import UserError
-from dragdiff.models.lora import LoRAFinetune
+from dragdiff.job import EditResult, Request
+from dragdiff.models.lora_finetune import LoRAFinetune
 from dragdiff.models.trainer import Recording
 from dragdiff.modules import ddim, lora, low_rank
-from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.images import to_tensor
 from dragdiff.study import runner
 from dragdiff.study.plan import expand

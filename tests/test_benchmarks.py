@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from dragdiff.backbones.compilation import Compilation
 from dragdiff.config import BenchmarkConfig
-from dragdiff.models.drag import LatentDrag
-from dragdiff.modules.compilation import Compilation
+from dragdiff.models.point_drag import LatentDrag
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

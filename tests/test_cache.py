@@ -19,11 +19,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dragdiff import cache
+from dragdiff.backbones.loading import load_backbone
 from dragdiff.config import load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.editor import Editor
 from dragdiff.errors import UserError
-from dragdiff.modules.loading import load_backbone
 
 
 def save(value, folder):

@@ -19,11 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dragdiff import editor, progress
+from dragdiff.backbones.loading import load_backbone
 from dragdiff.cli import main, main_edit, main_train
 from dragdiff.config import Config, load_config, walk
 from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
-from dragdiff.modules.loading import load_backbone
 
 ROOT = Path(__file__).parent.parent
 POINTS = "points=[[[8,8],[20,8]]]"

@@ -17,12 +17,12 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from dragdiff import Editor, EditResult, EditSample, Request
+from dragdiff.backbones.loading import load_backbone
+from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
 from dragdiff.editor import OneModel
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
-from dragdiff.modules.backbone import StableDiffusion
-from dragdiff.modules.loading import load_backbone
 from dragdiff.output import HANDLE
 
 QUICK = [

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from dragdiff.assets import EXAMPLES
+from dragdiff.backbones.loading import EMBEDDED_MODEL
 from dragdiff.cli import main_edit
 from dragdiff.data.readers import read_sample
 from dragdiff.data.scenes import KINDS, make_scene
 from dragdiff.metrics.scenes import score
-from dragdiff.modules.loading import EMBEDDED_MODEL
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,12 +18,12 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from dragdiff.backbones.loading import check_model, load_backbone, skeleton
+from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
 from dragdiff.errors import UserError
 from dragdiff.modules import backbone as module
 from dragdiff.modules import single_file
-from dragdiff.modules.backbone import StableDiffusion
-from dragdiff.modules.loading import check_model, load_backbone, skeleton
 
 
 def settings(path, *overrides: str):

@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from conftest import TRACES
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from dragdiff.modules.peft_layer import MergedLinear
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dragdiff import Editor, EditSample
+from dragdiff.backbones.loading import DTYPES
+from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
 from dragdiff.errors import UserError
-from dragdiff.models.lora import LoRAFinetune, crops, seeded_noise
+from dragdiff.models.lora_finetune import LoRAFinetune, crops, seeded_noise
 from dragdiff.modules import lora, peft_layer
-from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.images import to_tensor
-from dragdiff.modules.loading import DTYPES
-from dragdiff.modules.peft_layer import MergedLinear
 
 TARGETS = StableDiffusion.lora_targets
 RANK, ALPHA = 4, 2.0

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dragdiff import Editor, EditSample
+from dragdiff.backbones.stable_diffusion import gradient_checkpointing
 from dragdiff.config import load_config
 from dragdiff.modules import lora
-from dragdiff.modules.backbone import gradient_checkpointing
 from dragdiff.study.plan import determinants
 
 

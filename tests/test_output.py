@@ -13,8 +13,8 @@ from dragdiff import output
 from dragdiff.config import Config, OutputConfig, load_config
 from dragdiff.data.readers import read_sample
 from dragdiff.data.sample import EditSample
-from dragdiff.edits import EditResult
 from dragdiff.errors import UserError
+from dragdiff.job import EditResult
 
 SAMPLES = Path(__file__).parent / "data" / "samples"
 STEPS = 30

@@ -553,8 +553,8 @@ def refused_late(capsys, path: Path) -> str:
 
 def test_mean_distance_in_the_files_order_as_the_published_script(file, tmp_path):
     """With `ordered` one generator runs through a variant's samples; otherwise neither order nor neighbours matter."""
+    from dragdiff.backbones.loading import load_backbone
     from dragdiff.metrics.correspondence import MeanDistance
-    from dragdiff.modules.loading import load_backbone
 
     settings = {"path": load_study(file()).settings["model.path"], "device": "cpu"}
     metrics = {"names": ["distance"], "distance": settings | {"revision": ""}, "block": "up_blocks.1", "ensemble": 2}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dragdiff.backbones.loading import load_backbone
 from dragdiff.config import load_study
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import make_scene
 from dragdiff.metrics import baselines, correspondence, fidelity
 from dragdiff.metrics.suite import COLUMNS, FACTORIES, Suite, metric_key
-from dragdiff.modules.loading import load_backbone
 from dragdiff.study.plan import Subject, baseline_picture
 
 

@@ -25,10 +25,9 @@ from torch import Tensor
 from dragdiff import Editor, EditSample
 from dragdiff.callbacks import DragCallback
 from dragdiff.config import load_config
-from dragdiff.edits import EditResult
-from dragdiff.models.drag import Drag, LatentDrag
+from dragdiff.job import EditResult
+from dragdiff.models.point_drag import Drag, LatentDrag
 from dragdiff.modules import ddim, lora, motion, tracking
-from dragdiff.modules.backbone import Backbone
 from dragdiff.modules.features import FeatureMap, forward_with_features
 
 # What rounding may change: another processor or version of a library, fused instead of plain attention.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import dragdiff.stages
 from dragdiff import Editor, EditSample
 from dragdiff.config import load_config
-from dragdiff.models.lora import LoRAFinetune, Noise
+from dragdiff.models.lora_finetune import LoRAFinetune, Noise
 from dragdiff.modules import lora
 from dragdiff.modules.images import to_tensor
 

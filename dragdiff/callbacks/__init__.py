@@ -1,7 +1,17 @@
 """Lightning callbacks: point tracking, which acts, and observers, which only watch."""
 
 from dragdiff.callbacks.base import DragCallback
-from dragdiff.callbacks.observers import Frames, Progress, Spectator, Trajectory, Watch
-from dragdiff.callbacks.tracking import PointTracking
+from dragdiff.callbacks.observers import DragProgress, Frames, LoRAProgress, Spectator, Trajectory, Watch
+from dragdiff.callbacks.point_tracking import PeriodicTracking, PointTracking
 
-__all__ = ["DragCallback", "Frames", "PointTracking", "Progress", "Spectator", "Trajectory", "Watch"]
+__all__ = [
+    "DragCallback",
+    "DragProgress",
+    "Frames",
+    "LoRAProgress",
+    "PeriodicTracking",
+    "PointTracking",
+    "Spectator",
+    "Trajectory",
+    "Watch",
+]

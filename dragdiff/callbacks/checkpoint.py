@@ -7,7 +7,8 @@ from pathlib import Path
 
 import lightning as L
 
-from dragdiff.modules import lora
+from dragdiff.backbones import lora_file
+from dragdiff.modules.lora import LoRA
 
 
 class LoRACheckpoint(L.Callback):
@@ -16,7 +17,7 @@ class LoRACheckpoint(L.Callback):
     The checkpoint holds the LoRA, its optimiser's state and the settings of the run, nothing of the network.
     """
 
-    def __init__(self, current: Callable[[], lora.LoRA], folder: Path, *, every: int) -> None:
+    def __init__(self, current: Callable[[], LoRA], folder: Path, *, every: int) -> None:
         """
         Args:
             current: the LoRA as it is now.
@@ -36,7 +37,7 @@ class LoRACheckpoint(L.Callback):
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def _save_lora(self, trainer: L.Trainer) -> None:
-        lora.save(self.current(), self.folder / f"step-{trainer.global_step:04d}")
+        lora_file.save(self.current(), self.folder / f"step-{trainer.global_step:04d}")
 
 
 class LoRASnapshots(L.Callback):

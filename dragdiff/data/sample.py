@@ -31,7 +31,7 @@ class EditSample:
         image: (H, W, 3) uint8, RGB.
         prompt: what the picture shows; may be empty.
         points: (N, 2, 2) float32 in px of ``image``: pair, then (handle, target), then (x, y), with
-            0 <= x < W and 0 <= y < H. A handle equal to its target is an anchor.
+            0 <= x < W and 0 <= y < H; N may be 0. A handle equal to its target is an anchor.
         mask: (H, W) bool, True where the image may change; None when all of it may.
         name: identifies the sample in messages and names its results.
     """
@@ -56,7 +56,8 @@ class EditSample:
             image: a file (see `load_image`), a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
                 A file is turned upright by its EXIF tag; a PIL image is taken as its pixels lie.
             prompt: what the picture shows.
-            points: ``[[[x, y], [x, y]], ...]``, or DragBench's flat ``[[x, y] handle, [x, y] target, ...]``.
+            points: ``[[[x, y], [x, y]], ...]``, or DragBench's flat ``[[x, y] handle, [x, y] target, ...]``;
+                none for a method that needs none.
             mask: a file (see `load_mask`), a PIL image, or an array (H, W) of bools or of numbers in
                 0..1, 0..255 or 0..65535, where more than half means that the pixel may change.
             name: any text.
@@ -268,13 +269,13 @@ def _as_mask(mask: ImageLike, width: int, height: int) -> NDArray[np.bool_]:
 def _as_points(points: ArrayLike, width: int, height: int) -> NDArray[np.float32]:
     expected = "give pairs [[[x, y], [x, y]], ...], each a handle and its target, in px"
     if points is None:
-        raise UserError(f"there are no points: {expected}")
+        return np.zeros((0, 2, 2), np.float32)
     try:
         given = np.asarray(points)
     except (TypeError, ValueError, OverflowError) as error:  # lists of uneven lengths
         raise UserError(f"the points are malformed: {expected}") from error
     if given.size == 0:
-        raise UserError(f"there are no points: {expected}")
+        return np.zeros((0, 2, 2), np.float32)
     if given.dtype.kind not in "iuf":
         raise UserError(f"the points are not all numbers: {expected}")
     if given.ndim == 2 and given.shape[1] == 2:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torchmetrics import Metric
 
+from dragdiff.backbones.diffusion import Diffusion, rows_of
 from dragdiff.data.sample import EditSample
-from dragdiff.modules.backbone import Backbone
-from dragdiff.modules.features import FeatureMap, forward_with_features
+from dragdiff.modules.features import FeatureMap
 from dragdiff.modules.images import to_tensor
 
 TILE = 16_384  # positions compared at once: 1280 channels of them are 84 MB
@@ -31,14 +31,21 @@ def sample_seed(seed: int, sample: EditSample) -> int:
 
 @torch.no_grad()
 def diffusion_features(
-    backbone: Backbone, image: np.ndarray, prompt: str, *, t: int, block: str, ensemble: int, generator: torch.Generator
+    backbone: Diffusion,
+    image: np.ndarray,
+    prompt: str,
+    *,
+    t: int,
+    block: str,
+    ensemble: int,
+    generator: torch.Generator,
 ) -> FeatureMap:
     """Features of a noised picture, averaged over noise samples, on the grid of its pixels.
 
     Args:
         image: (H, W, 3) uint8.
         t: timestep of the noise, of the model's training schedule.
-        block: the feature point, see `Backbone.feature_block`.
+        block: the feature point, see `Diffusion.feature_block`.
         ensemble: noise samples; each draws a latent from the posterior, then the noise.
         generator: on the CPU.
     """
@@ -47,11 +54,9 @@ def diffusion_features(
     posterior, noise = (torch.randn(shape, generator=generator).to(mean.device) for _ in range(2))
     alpha = backbone.scheduler(1).alphas_cumprod[t]
     latents = alpha.sqrt() * (mean + std * posterior) + (1 - alpha).sqrt() * noise
-    embeddings = backbone.embed([prompt]).expand(ensemble, -1, -1)
-    _, (features,) = forward_with_features(
-        lambda: backbone.predict(latents, torch.tensor(t), embeddings),
-        [backbone.feature_block(block)],
-        need_output=False,
+    condition = rows_of(backbone.condition([prompt]), [0] * ensemble)
+    _, (features,) = backbone.with_features(
+        lambda: backbone.predict(latents, torch.tensor(t), condition), [block], need_output=False
     )
     return FeatureMap([features.float().mean(dim=0, keepdim=True)], image.shape[:2])
 
@@ -131,7 +136,7 @@ class MeanDistance(Metric):
     pairs: torch.Tensor
 
     def __init__(
-        self, backbone: Backbone, *, t: int, block: str, ensemble: int, variant: str, seed: int, ordered: bool
+        self, backbone: Diffusion, *, t: int, block: str, ensemble: int, variant: str, seed: int, ordered: bool
     ) -> None:
         """
         Args:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dragdiff.backbones.loading import hub_folder
 from dragdiff.errors import UserError, one_line
 from dragdiff.modules.images import to_tensor
-from dragdiff.modules.loading import hub_folder
 
 Score = Callable[[np.ndarray, np.ndarray], float]  # of two pictures (H, W, 3) uint8
 SIDE = 224  # px at which LPIPS compares

@@ -134,8 +134,8 @@ def _outside(settings: MetricsConfig) -> Measure:
 
 
 def _distance(settings: MetricsConfig) -> Measure:
+    from dragdiff.backbones.loading import check_model, load_backbone
     from dragdiff.metrics.correspondence import MeanDistance, distances, matches, search_areas
-    from dragdiff.modules.loading import check_model, load_backbone
 
     check_model(settings.distance)
     metric = MeanDistance(

@@ -14,7 +14,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 PRECISION = {"none": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
@@ -29,6 +31,7 @@ def fit(
     callbacks: Sequence[L.Callback] = (),
     logger: Logger | None = None,
     resume: Path | None = None,
+    own_scaling: bool = False,
 ) -> None:
     """Train a module for at most `steps` optimiser steps.
 
@@ -37,18 +40,24 @@ def fit(
         device: where to run.
         autocast: "none", "fp16" (with loss scaling) or "bf16".
         resume: a Lightning checkpoint to go on from.
+        own_scaling: under fp16 the module scales its losses itself.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, as anywhere else in Python (Lightning alone would end the process).
     """
     # a loader of its own generator draws no number from the global one
     data: Any = DataLoader(range(steps), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+    precision: dict[str, Any] = {"precision": PRECISION[autocast]}
+    plugins: list[Any] = [LightningEnvironment()]  # one process, also where a cluster's scheduler started it
+    if own_scaling and autocast == "fp16":
+        plugins.append(MixedPrecision("16-mixed", device.type, GradScaler(enabled=False)))
+        precision = {}
     with _quiet(), _own_interrupt():
         trainer = L.Trainer(
             accelerator=device.type,
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            plugins=LightningEnvironment(),  # one process, also where a cluster's scheduler started it
-            precision=PRECISION[autocast],  # type: ignore[arg-type]
+            plugins=plugins,
+            **precision,
             max_steps=steps,
             callbacks=list(callbacks),
             logger=logger or False,
@@ -60,15 +69,15 @@ def fit(
         trainer.fit(module, data, ckpt_path=resume)
 
 
-def each(number: int, name: str, count: int) -> str:
-    """A value's name in a Trainer that serves `count` runs: `Each` takes it to the run of that number."""
+def of_run(number: int, name: str, count: int) -> str:
+    """A value's name in a Trainer that serves `count` runs: `SplitLogger` takes it to the run of that number."""
     return name if count == 1 else f"{number}:{name}"
 
 
-class Each(Logger):
-    """Takes values named by `each` to the logger of their run."""
+class SplitLogger(Logger):
+    """Takes values named by `of_run` to the logger of their run."""
 
-    name, version = "each", 0
+    name, version = "split", 0
 
     def __init__(self, loggers: Sequence[Logger | None]) -> None:
         super().__init__()
@@ -96,6 +105,13 @@ class Each(Logger):
         """Nothing: a run's settings are given to its own logger."""
 
 
+def shared_logger(loggers: Sequence[Logger | None]) -> Logger | None:
+    """What a Trainer tells that serves so many runs."""
+    if all(logger is None for logger in loggers):
+        return None
+    return loggers[0] if len(loggers) == 1 else SplitLogger(loggers)
+
+
 class Recording(Logger):
     """Keeps what it is told for a logger that is opened later: W&B has one run in a process at a time."""
 
@@ -112,7 +128,7 @@ class Recording(Logger):
         self._calls.append(("log_image", args, kwargs))
 
     def log_hyperparams(self, *_: Any) -> None:
-        """Nothing: as for `Each`."""
+        """Nothing: as for `SplitLogger`."""
 
     def clear(self) -> None:
         """Forget: what was told begins anew."""

@@ -1,49 +1,55 @@
-"""The network's guided output for the pictures of a batch: each has its prompt and may have its LoRA."""
+"""The network's guided output for rows of a batch: each has its picture's prompt and may have its LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dragdiff.modules.backbone import Backbone
-from dragdiff.modules.features import combine_guidance, forward_with_features
-from dragdiff.modules.lora import Rows
+from dragdiff.backbones.diffusion import Condition, Diffusion, States, joined, rows_of
+from dragdiff.modules.features import combine_guidance
+
+if TYPE_CHECKING:
+    from dragdiff.modules.lora import Rows
 
 
 class Denoiser:
-    """
+    """A model for the pictures of a job.
+
     Attributes:
-        embeddings: (G, P, tokens, D) of P pictures; G is 1, or 2 with guidance: negative, positive.
+        branches: the pictures' condition, a row for each; with guidance two of them: negative, positive.
+        guidance: classifier-free guidance scale; 1 = none.
     """
 
     def __init__(
-        self, backbone: Backbone, embeddings: Tensor, *, guidance: float = 1.0, adapters: Rows | None = None
+        self, model: Diffusion, branches: Sequence[Condition], *, guidance: float = 1.0, adapters: Rows | None = None
     ) -> None:
         """
         Args:
-            guidance: classifier-free guidance scale; 1 = none.
-            adapters: the LoRAs that are beside the network (`modules.lora.beside`), if each picture has its own.
+            adapters: the LoRAs that are beside the network (`modules.lora.unmerged`), if each picture has its own.
         """
-        self.backbone, self.embeddings, self.guidance, self.adapters = backbone, embeddings, guidance, adapters
+        self.model, self.branches, self.guidance, self.adapters = model, branches, guidance, adapters
 
-    def __call__(self, latents: Tensor, t: Tensor, pictures: Sequence[int] | None = None) -> Tensor:
+    def __call__(self, latents: Tensor, t: Tensor, pictures: Sequence[int]) -> Tensor:
         """The guided output (B, C, h, w).
 
         Args:
             latents: (B, C, h, w).
-            pictures: whose prompt and LoRA each row has; None: those of all pictures, in their order.
+            pictures: whose prompt and LoRA each row has.
         """
         output = self._rows(latents, t, pictures)
         return output if self.guidance == 1 else guide(output, self.guidance)
 
     def with_features(
-        self, latents: Tensor, t: Tensor, pictures: Sequence[int], *, blocks: Sequence[str], need_output: bool
+        self, latents: Tensor, t: Tensor, pictures: Sequence[int], *, names: Sequence[str], need_output: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """As `__call__`, with the features of some blocks, (B, C_i, h_i, w_i) each; see `forward_with_features`."""
-        modules = [self.backbone.feature_block(name) for name in blocks]
-        output, maps = forward_with_features(lambda: self._rows(latents, t, pictures), modules, need_output=need_output)
+        """As `__call__`, with the features of some points, (B, C_i, h_i, w_i) each; see `Diffusion.with_features`."""
+        output, maps = self.model.with_features(
+            lambda: self._rows(latents, t, pictures), names, need_output=need_output
+        )
         if self.guidance == 1:
             return output, maps
         return (
@@ -51,16 +57,36 @@ class Denoiser:
             [combine_guidance(features, self.guidance) for features in maps],
         )
 
-    def _rows(self, latents: Tensor, t: Tensor, pictures: Sequence[int] | None) -> Tensor:
-        """The output of all rows: (G B, C, h, w)."""
-        everyone = list(range(self.embeddings.shape[1]))
-        chosen = everyone if pictures is None else list(pictures)
+    def shared_attention(
+        self,
+        layers: Sequence[str],
+        states: States,
+        *,
+        pictures: Sequence[int],
+        of: Sequence[int],
+        where: Sequence[bool] | None,
+    ) -> AbstractContextManager[None]:
+        """While it lasts, rows take keys and values from their pictures' states.
+
+        Args:
+            states: with a row for each picture of `of`, in each guidance branch.
+            pictures: of each row of a batch.
+            where: rows that do; None = all.
+        """
+        if list(pictures) != list(of):
+            index = torch.tensor([list(of).index(picture) for picture in pictures], device=self.model.device)
+            states = {
+                name: value.unflatten(0, (-1, len(of))).index_select(1, index).flatten(0, 1)
+                for name, value in states.items()
+            }
+        return self.model.shared_attention(layers, states, where=where)
+
+    def _rows(self, latents: Tensor, t: Tensor, pictures: Sequence[int]) -> Tensor:
+        """The output of all branches: (G B, C, h, w)."""
         if self.adapters is not None:
-            self.adapters.active = chosen
-        embeddings = self.embeddings
-        if chosen != everyone:  # a list as index would have to be copied to the device first, which waits for that
-            embeddings = torch.stack([embeddings[:, picture] for picture in chosen], dim=1)
-        return self.backbone.predict(torch.cat([latents] * len(embeddings)), t, embeddings.flatten(0, 1))
+            self.adapters.pictures = list(pictures)
+        condition = joined([rows_of(branch, pictures) for branch in self.branches])
+        return self.model.predict(torch.cat([latents] * len(self.branches)), t, condition)
 
 
 def guide(output: Tensor, guidance: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,24 @@ def forward_with_features(
     return output, [captured[index] for index in range(len(blocks))]
 
 
+@contextmanager
+def replaced(block: nn.Module, values: Tensor) -> Iterator[None]:
+    """While it lasts, the output of a block is replaced: the network is computed as if it had given these values.
+
+    Args:
+        values: (B, C, h, w), a row for each of the batch's (with guidance: for each of a branch's).
+    """
+
+    def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return values.to(output.dtype).repeat(len(output) // len(values), 1, 1, 1)
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def combine_guidance(features: Tensor, guidance: float) -> Tensor:
     """The two guidance branches' features side by side, weighted as the reference does.
 
@@ -79,6 +98,10 @@ class FeatureMap:
 
     maps: Sequence[Tensor]
     grid: Size
+
+    def detach(self) -> FeatureMap:
+        """The same values without gradient."""
+        return FeatureMap([features.detach() for features in self.maps], self.grid)
 
     def window(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Values at every combination of whole grid rows (n,) and cols (m,), (C, n, m) float32; borders replicated."""

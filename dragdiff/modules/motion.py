@@ -41,7 +41,16 @@ def shifted_patch(features: FeatureMap, rows: Tensor, cols: Tensor, shift: Tenso
     return (1 - down) * upper + down * lower
 
 
-def one_step(features: FeatureMap, *, handles: Tensor, targets: Tensor, radius: int, stop_distance: float) -> Tensor:
+def one_step(
+    features: FeatureMap,
+    *,
+    handles: Tensor,
+    targets: Tensor,
+    radius: int,
+    stop_distance: float,
+    reference: object = None,
+    initial: object = None,
+) -> Tensor:
     """Pull each handle's patch one grid px towards its target (DragDiffusion, eq. 3).
 
     Args:

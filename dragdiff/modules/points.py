@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,32 @@ from torch import Tensor
 from dragdiff.errors import UserError
 
 Size = tuple[int, int]  # (height, width)
+
+
+@dataclass(eq=False)
+class Points:
+    """The points of one edit on the feature grid, (N, 2) float32 each, (row, col) in grid px.
+
+    Attributes:
+        initial: where the handles began.
+        handles: where they are now; tracking moves them, from drag to drag.
+        targets: where they should go.
+        grid: (rows, cols).
+    """
+
+    initial: Tensor
+    handles: Tensor
+    targets: Tensor
+    grid: Size
+
+    @property
+    def left(self) -> Tensor:
+        """(N,) distance of each handle to its target, grid px."""
+        return (self.targets - self.handles).norm(dim=-1)
+
+    def arrived(self, stop_distance: float) -> Tensor:
+        """(N,) bool: nearer than that to the target, or on it."""
+        return (self.left < stop_distance) | (self.left == 0)
 
 
 def grid_size(image_size: Size, scale: float) -> Size:

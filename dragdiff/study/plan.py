@@ -12,24 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from dragdiff import cache
+from dragdiff import cache, methods
+from dragdiff.backbones import lora_file
+from dragdiff.backbones.loading import check_model, identity, structure
 from dragdiff.checks import check_settings, shared_settings
-from dragdiff.config import Config, StudyConfig, StudyDataConfig, flat, load_config, walk
+from dragdiff.config import DEFAULT_METHOD, Config, StudyConfig, StudyDataConfig, load_config
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import KINDS, UNIT, Scene, make_scene
 from dragdiff.errors import UserError
 from dragdiff.metrics import baselines
 from dragdiff.metrics.suite import check_metrics
-from dragdiff.modules.loading import check_model, identity, skeleton
-from dragdiff.modules.lora import load as load_lora
+from dragdiff.options import flat, walk
 
 SCENES = "scenes"  # in place of a folder of samples
 TRIES = 100  # draws for each that is wanted, where most were drawn before
 LARGE = 1e300  # beyond it a difference overflows
-_STUDYS = dict.fromkeys(("sample", "image", "prompt", "points", "mask"), "data")
-_STUDYS |= {"seed": "seeds", "edit.batch": "batch"}
-_WITHOUT_EFFECT = ("sample", "image", "prompt", "points", "mask", "model.", "edit.", "output.", "logger.", "cache.")
+_STUDYS = {"seed": "seeds", "edit.batch": "batch"}  # settings that the study says, beside those of the sample
 
 
 @dataclass(frozen=True)
@@ -150,13 +149,13 @@ def expand(study: StudyConfig) -> Plan:
         if not variant.baseline
         for seed in study.seeds
     }
-    models, skeletons, inputs = {}, {}, {}
+    models, structures, inputs = {}, {}, {}
     for place, config in configs.items():
         name = repr(config.model)
         if name not in models:
             check_model(config.model)
-            models[name], skeletons[name] = identity(config.model), skeleton(config.model)
-        check_settings(config, skeletons[name])
+            models[name], structures[name] = identity(config.model), structure(config.model)
+        check_settings(config, structures[name])
         inputs[place] = {"model": models[name], "settings": determinants(config)}
     subjects, broken = read_subjects(study.data)
     keys: dict[tuple[str, str, int], str] = {}
@@ -175,28 +174,38 @@ def expand(study: StudyConfig) -> Plan:
 
 def determinants(config: Config) -> dict[str, Any]:
     """The settings that have a say in an edit's picture, as plain values; the model and the sample apart."""
-    values = {key: value for key, _, value in walk(config) if not key.startswith(_WITHOUT_EFFECT)}
-    for other in ("lora.save_every", "lora.resume"):
-        del values[other]
-    generates, trains = config.generate.enabled, not config.lora.path and config.lora.steps > 0
+    method = methods.find(config.method)
+    generates, trains = config.generate.enabled, trained_steps(config) > 0
     ignored = []
     if not generates:
         ignored.append("generate.")
     if not config.control.enabled:
         ignored.append("control.")
-    if not trains or generates:
+    if not trains:
         ignored.append("lora.")
-        if not generates:
+        if not (generates or method.draws):
             ignored.append("seed")
-    values = {key: value for key, value in values.items() if not key.startswith(tuple(ignored))}
-    if config.lora.path:
-        named = load_lora(Path(config.lora.path).expanduser())
+    if method.name == DEFAULT_METHOD:  # results of when there was no other
+        ignored.append("method")
+    values = {
+        key: value
+        for key, f, value in walk(config)
+        if f.metadata["scope"] == "result" and config.reads(key) and not key.startswith(tuple(ignored))
+    }
+    if config.lora.path and config.reads("lora.path"):
+        named = lora_file.load(Path(config.lora.path).expanduser())
         values["lora.path"] = cache.digest(
             **{f"{path}.down": weight.float().numpy() for path, weight in named.down.items()},
             **{f"{path}.up": weight.float().numpy() for path, weight in named.up.items()},
             scale=named.scale,
         )
     return values
+
+
+def trained_steps(config: Config) -> int:
+    """Steps for which an edit trains a LoRA."""
+    trains = any(stage.name == "LoRA" for stage in methods.find(config.method).stages(config))
+    return config.lora.steps if trains else 0
 
 
 # ------------------------------------------------------------------------------------------- variants
@@ -313,13 +322,16 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
     Raises:
         UserError: wrong ones, or those that are the study's to say.
     """
+    config = load_config(study.base, [study.settings, variant.settings])
+    scopes = {key: f.metadata["scope"] for key, f, _ in walk(config)}
     for key, _ in flat(study.settings | variant.settings):
-        if key in _STUDYS:
-            raise UserError(f"variant {variant.name!r} sets {key}: {_STUDYS[key]} of the study does that")
+        if key in _STUDYS or scopes[key] == "sample":
+            raise UserError(f"variant {variant.name!r} sets {key}: {_STUDYS.get(key, 'data')} of the study does that")
     for key, _ in flat(variant.settings):
-        if key.startswith(_WITHOUT_EFFECT) and not key.startswith("model."):
+        if scopes[key] == "machine" and not key.startswith("model."):
             raise UserError(f"variant {variant.name!r} sets {key}, which changes no picture: put it under settings")
-    config = load_config([*study.base, study.settings, variant.settings])
+        if not config.reads(key):
+            raise UserError(f"variant {variant.name!r} sets {key}, which {config.method} does not read")
     if config.generate.enabled:
         raise UserError(f"variant {variant.name!r} sets generate.enabled: a study edits the pictures of its data")
     here: dict[str, Any] = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae")}
@@ -350,14 +362,16 @@ def _in_order(tasks: list[Task]) -> list[Task]:
         config = task.config
         if config is None:
             return (0,)
-        return (1, lora_inputs(task), config.lora.steps, repr(config.ddim), repr(config.control))
+        return (1, lora_inputs(task), config.lora.steps, repr(config.ddim), repr(config.control), config.method)
 
     steps: dict[str, set[int]] = {}
     for task in tasks:
-        if task.config and task.config.lora.steps and not task.config.lora.path:
-            steps.setdefault(lora_inputs(task), set()).add(task.config.lora.steps)
+        if task.config and (count := trained_steps(task.config)):
+            steps.setdefault(lora_inputs(task), set()).add(count)
     wanted = [
-        dataclasses.replace(task, lora_steps=tuple(sorted(steps.get(lora_inputs(task), ())))) if task.config else task
+        dataclasses.replace(task, lora_steps=tuple(sorted(steps[lora_inputs(task)])))
+        if task.config and trained_steps(task.config)
+        else task
         for task in tasks
     ]
     return sorted(wanted, key=shared)

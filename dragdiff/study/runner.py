@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from dragdiff import methods
 from dragdiff.config import MetricsConfig
 from dragdiff.errors import UserError, one_line
 from dragdiff.metrics.suite import COLUMNS, metric_key
+from dragdiff.options import walk
 from dragdiff.study.executors import Place, WorkerDied, open_places
 from dragdiff.study.plan import Plan, Task
 from dragdiff.study.store import RESULT, SCORES, Store
@@ -295,42 +297,45 @@ class _Run:
 
 # ------------------------------------------------------------------------------------------- what it takes
 
-Stages = dict[str, dict[Any, tuple[float, list[str]]]]  # stage -> what it is for -> forwards, keys of the tasks
+Work = dict[str, dict[Any, tuple[float, list[str]]]]  # part -> what it is for -> forwards, keys of the tasks
 
 
-def stages(tasks: Sequence[Task]) -> Stages:
-    """What is computed, in forwards of the denoiser, and for which tasks.
+def work_of(tasks: Sequence[Task]) -> Work:
+    """What is computed, in forwards of the denoiser, and for which tasks; parts that edits share are there once."""
+    found: Work = {}
 
-    A step of the drag counts as a forward and a backward with mask, one of the LoRA as those of its batch.
-    """
-    found: Stages = {"LoRA": {}, "inversion": {}, "source": {}, "edit": {}}
-
-    def add(stage: str, identity: Any, forwards: float, key: str) -> None:
-        before, keys = found[stage].get(identity, (0.0, []))
-        found[stage][identity] = max(before, forwards), [*keys, key]
+    def add(part: str, identity: Any, forwards: float, key: str) -> None:
+        entries = found.setdefault(part, {})
+        before, keys = entries.get(identity, (0.0, []))
+        entries[identity] = max(before, forwards), [*keys, key]
 
     for task in tasks:
         config = task.config
         if config is None:
             add("edit", task.key, 0.01, task.key)
             continue
-        steps = round(config.ddim.steps * config.ddim.strength)
-        model: tuple[Any, ...] = (task.subject.name, repr(config.model), config.data.max_size, config.lora.path)
-        if task.lora_steps:
-            settings = (config.seed, repr(replace(config.lora, steps=0)))
-            add("LoRA", (model, settings), 3.0 * config.lora.batch_size * config.lora.steps, task.key)
-            model = (*model, *settings, config.lora.steps)
-        add("inversion", (model, steps, config.ddim.steps), steps, task.key)
-        if config.control.enabled:
-            add("source", (model, steps, config.ddim.steps, config.control.start_layer), steps, task.key)
-        add("edit", task.key, 2.3 * config.drag.steps + steps, task.key)
+        own, seed = 0.0, config.seed if task.lora_steps else None
+        for stage in methods.find(config.method).stages(config):
+            if not stage.shared_by:
+                own += stage.forwards
+                continue
+            # one training gives the LoRAs of fewer steps, too
+            unlike = "lora.steps" if stage.name == "LoRA" else ""
+            shared = [
+                (key, repr(value))
+                for key, _, value in walk(config)
+                if key.startswith(stage.shared_by) and key != unlike
+            ]
+            picture = (task.subject.name, repr(config.model), config.data.max_size, seed)
+            add("source" if stage.name == "denoise" else stage.name, (picture, *shared), stage.forwards, task.key)
+        add("edit", task.key, own, task.key)
     return found
 
 
 def amortised(tasks: Sequence[Task]) -> dict[str, float]:
     """About how many forwards each task takes at most; what several share is divided among them."""
     work = {task.key: 0.0 for task in tasks}
-    for shared in stages(tasks).values():
+    for shared in work_of(tasks).values():
         for forwards, keys in shared.values():
             for key in keys:
                 work[key] += forwards / len(keys)
@@ -346,14 +351,14 @@ def duration(seconds: float) -> str:
 
 def describe(plan: Plan) -> str:
     """What a study will do, in a few lines."""
-    study, counts = plan.study, {stage: len(shared) for stage, shared in stages(plan.tasks).items()}
+    study, counts = plan.study, {part: len(shared) for part, shared in work_of(plan.tasks).items()}
     baselines = sum(1 for variant in plan.variants if variant.baseline)
     lines = [
         f"study {study.name}: {study.question}".rstrip(": "),
         f"{len(plan.variants) - baselines} variants x {len(plan.subjects)} samples x {len(study.seeds)} seeds and "
         f"{baselines} baselines: {sum(1 for task in plan.tasks if task.config)} different edits",
-        f"they share {counts['LoRA']} trainings of a LoRA, {counts['inversion']} inversions and "
-        f"{counts['source']} denoisings of a source",
+        f"they share {counts.get('LoRA', 0)} trainings of a LoRA, {counts.get('inversion', 0)} inversions and "
+        f"{counts.get('source', 0)} denoisings of a source",
     ]
     return "\n".join(lines)
 

@@ -6,9 +6,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from dragdiff.config import Config, StudyConfig, StudyDataConfig, config_folder, find_overlay, flat, load_config, walk
+from dragdiff.config import Config, StudyConfig, StudyDataConfig, config_folder, find_overlay, load_config
 from dragdiff.data.scenes import UNIT
 from dragdiff.errors import UserError
+from dragdiff.options import flat, walk
 from dragdiff.study.plan import Variant, config_of, read_subjects, show, variants_of
 
 _OWN = ("sample", "output.", "logger.", "cache.")  # where an agent's edit may differ from the study's

@@ -19,8 +19,8 @@ from PIL import Image
 from dragdiff import output
 from dragdiff.config import Config, MetricsConfig, StudyConfig, to_yaml
 from dragdiff.editor import Editor, OneModel
-from dragdiff.edits import EditResult, Request
 from dragdiff.errors import UserError, one_line
+from dragdiff.job import EditResult, Request
 from dragdiff.metrics.suite import Suite, Values, metric_key
 from dragdiff.study.executors import DeviceLost
 from dragdiff.study.plan import Subject, Task, baseline_picture
@@ -103,10 +103,10 @@ class Worker:
         shape = (1, backbone.latent_channels, *backbone.latent_size(*image.shape[:2]))
         latent, seconds = torch.zeros(shape, device=backbone.device), []
         with _threads(self.study.threads), torch.no_grad():
-            embedding = backbone.embed([""])
+            condition = backbone.condition([""])
             for _ in range(4):
                 start = time.perf_counter()
-                backbone.predict(latent, torch.tensor(500), embedding).sum().item()
+                backbone.predict(latent, torch.tensor(500), condition).sum().item()
                 seconds.append(time.perf_counter() - start)
         return float(np.median(seconds[1:]))
 
@@ -317,7 +317,9 @@ def record_failure(store: Store, task: Task, reason: str, details: str = "") -> 
 
 
 def _files(result: EditResult, task: Task) -> dict[str, bytes]:
-    facts = output.metrics(result) | {"trajectory": np.round(result.trajectory, 2).tolist()}
+    facts = output.metrics(result)
+    if result.trajectory is not None:
+        facts["trajectory"] = np.round(result.trajectory, 2).tolist()
     assert task.config is not None
     return {
         "edited.png": _png(result.image),

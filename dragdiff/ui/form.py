@@ -10,16 +10,9 @@ from typing import Any
 
 import yaml
 
-from dragdiff.config import (
-    Config,
-    UIConfig,
-    as_it_stands,
-    config_folder,
-    find_overlay,
-    load_config,
-    walk,
-)
+from dragdiff.config import Config, UIConfig, config_folder, find_overlay, load_config
 from dragdiff.errors import UserError
+from dragdiff.options import as_it_stands, walk
 
 ON_THE_PAGE = ("prompt", "points", "generate.enabled")  # other controls of the page stand for these
 LONGEST = 4000  # characters of a text
@@ -128,7 +121,7 @@ class Form:
     def _load(self, model: str, preset: str, changes: Mapping[str, Any]) -> Config:
         files = self._files(model, preset)
         # a text of a visitor's is a text, never a reference to the environment
-        return load_config([*files, self._work_size(model, preset), as_it_stands(dict(changes))])
+        return load_config([*files, self._work_size(model, preset)], [as_it_stands(dict(changes))])
 
     def _files(self, model: str, preset: str) -> list[Path]:
         """The model's last: what its overlay says was chosen for that model, and presets are for any."""

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from dragdiff import output
+from dragdiff.backbones.diffusion import Diffusion, blocks_of
 from dragdiff.callbacks import DragCallback
 from dragdiff.editor import OneModel, enough_memory
 from dragdiff.errors import UserError
-from dragdiff.models.drag import Drag
+from dragdiff.models.point_drag import Drag
 from dragdiff.modules import motion, tracking
-from dragdiff.modules.backbone import Backbone
 from dragdiff.modules.features import FeatureMap
 from dragdiff.ui.worker import Cancelled, Task, too_long
 
@@ -35,14 +35,13 @@ class FinishOnRequest(DragCallback):
             drag.stop("stopped")
 
 
-def choices(backbone: Backbone) -> dict[str, list[str]]:
+def choices(backbone: Diffusion) -> dict[str, list[str]]:
     """What may be chosen for settings that name something of the model or of the algorithm's parts, by key."""
-    layers = backbone.self_attention_layers
     return {
         "drag.features": list(backbone.feature_strides),
         "drag.supervision": sorted(motion.SUPERVISIONS),
         "drag.tracker": sorted(tracking.TRACKERS),
-        "control.start_layer": list(dict.fromkeys(name.partition(".attentions")[0] for name in layers)),
+        "control.start_layer": blocks_of(backbone.self_attention_layers),
     }
 
 
@@ -82,10 +81,9 @@ class Runner:
         config = dataclasses.replace(task.config, cache=dataclasses.replace(task.config.cache, folder=str(task.cache)))
         with enough_memory():
             report("model", 0, 1, "")
-            editor = self._model.editor(config if task.kind != "load" else task.config)
+            editor = self._model.editor(config if task.kind != "load" else task.config, report=report)
             report("model", 1, 1, "")
             self.send({"choices": choices(editor.backbone)})
-            editor.report = report
             if task.kind == "generate":
                 picture, _ = editor.generate(config.prompt)
                 Image.fromarray(picture).save(task.folder / "generated.png")

@@ -6,22 +6,21 @@ import multiprocessing
 import secrets
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dragdiff import methods
 from dragdiff.config import Config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
+from dragdiff.methods.method import Stage, total_steps
 from dragdiff.ui.worker import Task, too_long, work
 
 ENDED = ("done", "failed", "cancelled")
 WAY_SHOWN = 400  # handle positions that the page is told of; a longer way is thinned out
 DIED = "the model's process ended ({}), most likely for want of memory: it starts again with the next run"
 PATIENCE = 60.0  # s that a step may take to obey; then the model's process is ended
-# What a step costs, in forwards of the denoiser; measured on Stable Diffusion's structure, for the time left only.
-FORWARDS = {"LoRA": 2.3, "inversion": 1.0, "drag": 2.2, "denoise": 2.05, "generate": 2.0}
 
 
 @dataclass(eq=False)
@@ -64,8 +63,8 @@ class Run:
             if message["stage"] != self.stage or message["done"] == 0:
                 self._stage_began = now
             self.stage, self.done, self.total, self.note = (message[key] for key in ("stage", "done", "total", "note"))
-            if self.done and self.note != "from the cache" and self.stage in FORWARDS:
-                self._pace = (now - self._stage_began) / (self.done * self._forwards(self.stage))
+            if self.done and self.note != "from the cache" and (cost := self._costs().get(self.stage)):
+                self._pace = (now - self._stage_began) / (self.done * cost)
         else:
             self.way.append((message["step"], message["handles"]))
             if message["preview"]:
@@ -76,26 +75,29 @@ class Run:
 
     def seconds_left(self) -> float | None:
         """At the pace so far, if all steps are done; None while nothing is known."""
-        plan = list(self.stages())
-        names = [name for name, _ in plan]
+        steps, costs = self.stages(), self._costs()
+        names = list(steps)
         if not self._pace or self.stage not in names:
             return None
-        here = names.index(self.stage)
-        forwards = (self.total - self.done) * self._forwards(self.stage)
-        return self._pace * (forwards + sum(steps * self._forwards(name) for name, steps in plan[here + 1 :]))
+        later = names[names.index(self.stage) + 1 :]
+        here = (self.total - self.done) * costs[self.stage]
+        return self._pace * (here + sum(steps[name] * costs[name] for name in later))
 
-    def stages(self) -> Sequence[tuple[str, int]]:
+    def stages(self) -> dict[str, int]:
         """The stages that take time, with their steps at most."""
-        config, steps = self.config, round(self.config.ddim.steps * self.config.ddim.strength)
-        generate = [("generate", config.ddim.steps)]
         if self.kind == "generate":
-            return generate
-        lora = [("LoRA", config.lora.steps)] if config.lora.steps and not config.lora.path else []
-        start = generate if config.generate.enabled else [*lora, ("inversion", steps)]
-        return [*start, ("drag", config.drag.steps), ("denoise", steps)]
+            return {"generate": self.config.ddim.steps}
+        return total_steps(self._parts())
 
-    def _forwards(self, stage: str) -> float:
-        return FORWARDS[stage] * (self.config.lora.batch_size if stage == "LoRA" else 1)
+    def _parts(self) -> list[Stage]:
+        return methods.find(self.config.method).stages(self.config)
+
+    def _costs(self) -> dict[str, float]:
+        """Of a step of each stage, in forwards of the denoiser."""
+        costs: dict[str, float] = {}
+        for stage in self._parts():
+            costs[stage.name] = costs.get(stage.name, 0.0) + stage.forwards / max(stage.steps, 1)
+        return costs
 
     def as_json(self, ahead: int) -> dict[str, Any]:
         """What the page shows of it.

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 from dragdiff import load_config
+from dragdiff.backbones.loading import load_backbone
 from dragdiff.data.scenes import RENDERERS, caption, render, sample_parameters
 from dragdiff.metrics.scenes import psnr
 from dragdiff.modules.images import to_tensor, to_uint8
-from dragdiff.modules.loading import load_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
 UNSEEN_SEED = 99

@@ -1,94 +1,31 @@
-"""Diffusion models behind one small interface; Stable Diffusion 1.x / 2.x on diffusers.
-
-Everything else in the package talks to `Backbone`, so that another architecture is one new class here.
-"""
+"""Stable Diffusion 1.x / 2.x on diffusers."""
 
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dragdiff.backbones import attention
+from dragdiff.backbones.compilation import Compilation
+from dragdiff.backbones.diffusion import Condition, Diffusion, States
 from dragdiff.errors import UserError
-from dragdiff.modules.compilation import Compilation
-from dragdiff.modules.host_memory import resting
+
+if TYPE_CHECKING:
+    from dragdiff.config import GenerateConfig
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NOISE_SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"
 )  # fmt: skip
+FREEU = ("b1", "b2", "s1", "s2")
 
 
-class Backbone(ABC):
-    """What drag editing needs of a latent diffusion model. Latents and images are float32 at this interface."""
-
-    name: str  # for logs
-    network: Any  # the denoiser, an nn.Module
-    text_encoder: nn.Module
-    modules: Sequence[nn.Module]  # everything that has weights
-    device: torch.device
-    prediction_type: str  # "epsilon" or "v_prediction"
-    latent_stride: int  # image px per latent px
-    latent_channels: int
-    feature_strides: Mapping[str, int]  # latent px per feature px of each feature point, in execution order
-    lora_targets: Sequence[str]  # name endings of the projections that a LoRA updates
-    self_attention_layers: Sequence[str]  # module names in execution order
-
-    @abstractmethod
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, each (B, C, h, w), of the scaled latent posterior of images (B, 3, H, W) in [-1, 1]."""
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H', W'), about [-1, 1], of scaled latents (B, C, h, w); H', W' are multiples of the stride."""
-
-    @abstractmethod
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Numbers (B, tokens) that stand for the prompts; warns of one that is too long."""
-
-    @abstractmethod
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, tokens, D)."""
-
-    @abstractmethod
-    def predict(self, latents: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        """The network's output (B, C, h, w) for latents at timestep t (scalar or (B,))."""
-
-    @abstractmethod
-    def feature_block(self, name: str) -> nn.Module:
-        """The module whose output is the named feature point.
-
-        Raises:
-            UserError: no such feature point; lists those there are.
-        """
-
-    @abstractmethod
-    def scheduler(self, steps: int, kind: str = "ddim") -> Any:
-        """A fresh diffusers scheduler with `steps` timesteps set; kind as in `GenerateConfig.scheduler`."""
-
-    @abstractmethod
-    def saving_memory(self) -> AbstractContextManager[None]:
-        """While it lasts, gradients of the network need less memory and more time; their values are the same."""
-
-    @abstractmethod
-    def parts_resting(self) -> AbstractContextManager[None]:
-        """While it lasts, what is beside the network takes host memory only while it is used; no weight may change."""
-
-    @abstractmethod
-    def compiled(self) -> AbstractContextManager[None]:
-        """While it lasts, the network is faster once it has been compiled; the same results but for rounding."""
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) of the latent of an image of this size."""
-        return height // self.latent_stride, width // self.latent_stride
-
-
-class StableDiffusion(Backbone):
+class StableDiffusion(Diffusion):
     """Stable Diffusion 1.x / 2.x: any diffusers pipeline with `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
 
     An edit leaves the pipeline as it was, so that a pipeline of one's own can be lent to an editor:
@@ -96,7 +33,12 @@ class StableDiffusion(Backbone):
     """
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    _let_go: Callable[[], None] = staticmethod(lambda: None)  # called after each use of a part beside the network
+    bottleneck = "mid_block"
+    # adapters' strength (peft), FreeU, an autoencoder's tiles (diffusers)
+    state = (
+        *("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", *FREEU),
+        *("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"),
+    )
 
     def __init__(self, pipeline: Any, *, name: str = "", prediction: str = "auto") -> None:
         """
@@ -126,19 +68,18 @@ class StableDiffusion(Backbone):
         if hasattr(pipeline.unet, "_hf_hook"):
             raise UserError(f"{self.name} is offloaded: call remove_all_hooks() and to(device) on the pipeline first")
         self.network: Any = pipeline.unet
-        self.text_encoder = pipeline.text_encoder
+        self.conditioners = (pipeline.text_encoder,)
         self.modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
         self.device = pipeline.unet.device
         self.latent_stride = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.latent_channels = pipeline.unet.config.in_channels
         self.feature_strides = feature_strides(self.network)
         self.self_attention_layers = self_attention_layers(self.network)
-        self.compilation = Compilation()
+        self.compilation = Compilation(self.network, self._probe_gradient)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.pipeline.vae
         posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
-        self._let_go()
         scale = vae.config.scaling_factor
         return posterior.mean.float() * scale, posterior.std.float() * scale
 
@@ -146,7 +87,6 @@ class StableDiffusion(Backbone):
         vae = self.pipeline.vae
         # the published code multiplies by 1 / scale; dividing differs in the last bit
         images = vae.decode((1 / vae.config.scaling_factor * latents).to(vae.device, vae.dtype)).sample.float()
-        self._let_go()
         return images
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -163,36 +103,47 @@ class StableDiffusion(Backbone):
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
 
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        embeddings = self.pipeline.text_encoder(self.tokenize(prompts).to(self.device))[0]
-        self._let_go()
-        return embeddings
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        tokens = self.tokenize(prompts).to(self.device)
+        return {"encoder_hidden_states": self.pipeline.text_encoder(tokens)[0]}
 
-    def predict(self, latents: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = self.network.dtype
-        return self.network(
-            latents.to(dtype), t.to(self.device), encoder_hidden_states=embeddings.to(dtype)
-        ).sample.float()
+        told = {name: value.to(dtype) for name, value in condition.items()}
+        return self.network(latents.to(dtype), t.to(self.device), **told).sample.float()
 
     def feature_block(self, name: str) -> nn.Module:
         return feature_block(self.network, name)
 
+    def recorded_attention(self, layers: Sequence[str]) -> AbstractContextManager[States]:
+        return attention.recorded(self.network, layers)
+
+    def shared_attention(
+        self, layers: Sequence[str], states: States, *, where: Sequence[bool] | None = None
+    ) -> AbstractContextManager[None]:
+        return attention.mutual_self_attention(self.network, layers, states, where=where)
+
     def saving_memory(self) -> AbstractContextManager[None]:
         return gradient_checkpointing(self.network)
 
-    @contextmanager
-    def parts_resting(self) -> Iterator[None]:
-        with resting(self.pipeline.vae, self.pipeline.text_encoder) as self._let_go:
-            try:
-                yield
-            finally:
-                del self._let_go
+    def compiled(self) -> AbstractContextManager[None]:
+        return self.compilation.on()
 
-    @contextmanager
-    def compiled(self) -> Iterator[None]:
-        layout = channels_last(self.network) if self.device.type == "cuda" else nullcontext()
-        with layout, self.compilation.of(self.network):
-            yield
+    def sharpened(self, settings: GenerateConfig) -> AbstractContextManager[None]:
+        if not settings.freeu:
+            return nullcontext()
+        return freeu(self.network, **{key: getattr(settings, f"freeu_{key}") for key in FREEU})
+
+    def _probe_gradient(self) -> Tensor:
+        """Of the output by a latent of the size that the model was trained with, for fixed noise."""
+        random = torch.Generator().manual_seed(0)
+        side, width = self.network.config.sample_size, self.network.config.cross_attention_dim
+        latent = torch.randn((1, self.latent_channels, side, side), generator=random).to(self.device).requires_grad_()
+        text = torch.randn((1, 8, width), generator=random).to(self.device)
+        with torch.enable_grad():
+            output = self.predict(latent, torch.tensor(500), {"encoder_hidden_states": text})
+            weights = torch.randn(output.shape, generator=random).to(self.device)
+            return torch.autograd.grad((output * weights).sum(), latent)[0]
 
     def scheduler(self, steps: int, kind: str = "ddim") -> Any:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -243,35 +194,21 @@ def gradient_checkpointing(unet: Any) -> Iterator[None]:
 
 
 @contextmanager
-def channels_last(network: nn.Module) -> Iterator[None]:
-    """Weights of convolutions in the memory order that a GPU's tensor cores want (NHWC); put back on leaving."""
-    weights = [weight for weight in network.parameters() if weight.dim() == 4 and weight.is_contiguous()]
-    try:
-        for weight in weights:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        yield
-    finally:
-        for weight in weights:
-            weight.data = weight.data.contiguous()
-
-
-@contextmanager
 def freeu(unet: Any, *, b1: float, b2: float, s1: float, s2: float) -> Iterator[None]:
     """FreeU (Si et al. 2023, arXiv 2309.11497) on a UNet; the state before is put back on leaving."""
-    keys = ("b1", "b2", "s1", "s2")
-    before = [{key: vars(block)[key] for key in keys if key in vars(block)} for block in unet.up_blocks]
+    before = [{key: vars(block)[key] for key in FREEU if key in vars(block)} for block in unet.up_blocks]
     unet.enable_freeu(b1=b1, b2=b2, s1=s1, s2=s2)
     try:
         yield
     finally:
         for block, values in zip(unet.up_blocks, before, strict=True):
-            for key in keys:
+            for key in FREEU:
                 vars(block).pop(key, None)
             vars(block).update(values)
 
 
 def feature_block(unet: Any, name: str) -> nn.Module:
-    """As `Backbone.feature_block`, of a bare UNet."""
+    """As `Diffusion.feature_block`, of a bare UNet."""
     known = feature_strides(unet)
     if name not in known:
         raise UserError(f"drag.features names {name!r}: the model has {', '.join(known)}")

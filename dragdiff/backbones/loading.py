@@ -6,14 +6,21 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dragdiff.backbones import single_file
+from dragdiff.backbones.stable_diffusion import (
+    PARTS,
+    StableDiffusion,
+    check_configs,
+    feature_strides,
+    self_attention_layers,
+)
 from dragdiff.errors import UserError, one_line
-from dragdiff.modules import single_file
-from dragdiff.modules.backbone import PARTS, StableDiffusion, check_configs
 
 if TYPE_CHECKING:
     from dragdiff.config import ModelConfig
@@ -76,7 +83,11 @@ def check_model(config: ModelConfig) -> None:
     resolve_autocast(config.autocast, device=device, dtype=config.dtype)
     if config.path == "embedded" and not EMBEDDED_MODEL.is_dir():
         raise UserError(f"the embedded model is not in {EMBEDDED_MODEL}: reinstall dragdiff")
-    for key, path in (("model.path", _local(config.path)), ("model.vae", _local(config.vae))):
+    for key, path in (
+        ("model.path", _local(config.path)),
+        ("model.vae", _local(config.vae)),
+        ("model.unet", _local(config.unet)),
+    ):
         if path and not path.exists():
             raise UserError(
                 f"{key} is {str(path)!r}: no such file or folder; give a diffusers folder, a .safetensors file or a "
@@ -87,6 +98,11 @@ def check_model(config: ModelConfig) -> None:
     vae = _local(config.vae)
     if vae and vae.is_dir():
         _check_weights(vae)
+    unet = _local(config.unet)
+    if unet and unet.is_file():
+        raise UserError(f"model.unet is {str(unet)!r}: give a folder in diffusers' format or a hub id")
+    if unet:
+        _check_weights(_unet_folder(unet))
     path = _local(config.path)
     if path and path.is_file():
         if single_file.family(path) == "sd2" and config.prediction == "auto":
@@ -216,8 +232,21 @@ def _ask_hub(name: str, revision: str) -> None:
         ) from error
 
 
-def skeleton(config: ModelConfig) -> Any:
-    """The model's UNet without weights, to look at its structure before anything is loaded.
+@dataclass(frozen=True)
+class Structure:
+    """The names that settings use for parts of a model.
+
+    Attributes:
+        features: feature points in execution order.
+        self_attention_layers: likewise.
+    """
+
+    features: Sequence[str]
+    self_attention_layers: Sequence[str]
+
+
+def structure(config: ModelConfig) -> Structure:
+    """How the model is built, before anything of it is loaded.
 
     Raises:
         UserError: as `check_model`.
@@ -228,9 +257,10 @@ def skeleton(config: ModelConfig) -> Any:
     file = _config_folder(config) / "unet" / "config.json"
     try:
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(_read_json(file))
+            unet = UNet2DConditionModel.from_config(_read_json(file))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} describes no UNet that can be built: {one_line(error)}") from error
+    return Structure(list(feature_strides(unet)), self_attention_layers(unet))
 
 
 def _quiet() -> None:
@@ -249,7 +279,7 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
     Raises:
         UserError: no such model, or one that can't be used; says what was looked for and how to get it.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
     check_model(config)
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
@@ -258,6 +288,8 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
     try:
         if config.vae:
             parts["vae"] = _load(AutoencoderKL, single_file.load_vae, config.vae, "", dtype=dtype)
+        if config.unet:
+            parts["unet"] = _load_unet(UNet2DConditionModel, config.unet, dtype=dtype)
         pipeline = _load(
             StableDiffusionPipeline, single_file.load_pipeline, config.path, config.revision, dtype=dtype, **parts
         )
@@ -268,6 +300,7 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
         raise UserError(
             f"cannot load the model {config.path!r}"
             + (f" with the autoencoder {config.vae!r}" if config.vae else "")
+            + (f" with the UNet {config.unet!r}" if config.unet else "")
             + f": {reason}; give a Stable Diffusion 1.x or 2.x with .safetensors weights"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
@@ -295,6 +328,24 @@ def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **
         return kind.from_pretrained(name, revision=revision or None, **settings)
 
 
+def _load_unet(kind: Any, name: str, *, dtype: torch.dtype) -> Any:
+    """A UNet by itself, or out of a pipeline's folder, local or on the hub."""
+    folder = _local(name) or hub_folder(name, "", needed=["unet/config.json"])
+    place = _unet_folder(folder)
+    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    try:
+        return kind.from_pretrained(str(place), local_files_only=True, **settings)
+    except Exception:  # as in `_load`
+        if _local(name):
+            raise
+        _ask_hub(name, "")
+        return kind.from_pretrained(name, subfolder="unet", **settings)
+
+
+def _unet_folder(folder: Path) -> Path:
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
 def identity(config: ModelConfig) -> dict[str, Any]:
     """What tells one model from another without loading it: the files' contents, or the hub's id and revision.
 
@@ -303,6 +354,7 @@ def identity(config: ModelConfig) -> dict[str, Any]:
     return {
         "path": _content(config.path) or [config.path, config.revision],
         "vae": _content(config.vae) or config.vae,
+        **({"unet": _content(config.unet) or config.unet} if config.unet else {}),
         "prediction": config.prediction,
         "dtype": config.dtype,
         "autocast": config.autocast,

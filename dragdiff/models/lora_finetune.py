@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
+from dragdiff.backbones.diffusion import Condition, Diffusion, joined, rows_of
 from dragdiff.errors import UserError
-from dragdiff.models.separate import Separate, own_scalers
-from dragdiff.models.trainer import each
-from dragdiff.modules.backbone import Backbone
+from dragdiff.models.separate import Separate
+from dragdiff.models.trainer import of_run
 from dragdiff.modules.images import to_tensor
 
 Draw = Callable[[int], "Noise"]
@@ -75,7 +73,7 @@ def seeded_noise(
 
 
 def crops(
-    backbone: Backbone, image: np.ndarray, *, resolution: int, encode_each: bool
+    model: Diffusion, image: np.ndarray, *, resolution: int, encode_each: bool
 ) -> tuple[Posterior, tuple[int, int, int], tuple[int, int]]:
     """How the fine-tune sees a picture: resized so that its short side is `resolution`, then cropped square.
 
@@ -98,19 +96,19 @@ def crops(
     picture = Image.fromarray(image)
     if min(height, width) != resolution:
         picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = to_tensor(np.asarray(picture)).to(backbone.device)
-    side = backbone.latent_size(resolution, resolution)
+    pixels = to_tensor(np.asarray(picture)).to(model.device)
+    side = model.latent_size(resolution, resolution)
     if encode_each and size[0] != size[1]:
 
         def encoded(corners: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
             batch = [pixels[:, :, top : top + resolution, left : left + resolution] for top, left in corners]
             with torch.no_grad():
-                return backbone.encode(torch.cat(batch))
+                return model.encode(torch.cat(batch))
 
-        return encoded, (backbone.latent_channels, *side), (size[0] - resolution, size[1] - resolution)
+        return encoded, (model.latent_channels, *side), (size[0] - resolution, size[1] - resolution)
 
     with torch.no_grad():
-        mean, std = backbone.encode(pixels)
+        mean, std = model.encode(pixels)
 
     def cut(latent: Tensor, corners: list[tuple[int, int]]) -> Tensor:
         return torch.cat([latent[:, :, top : top + side[0], left : left + side[1]] for top, left in corners])
@@ -120,17 +118,17 @@ def crops(
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a LoRA learns from.
+class TrainingPicture:
+    """A picture that a LoRA learns.
 
     Attributes:
         posterior: latent posterior (mean, std), each (B, C, h, w), of the picture's crops at the given corners.
-        embedding: (1, tokens, D) of its prompt.
+        condition: of its prompt, one row.
         draw: the random numbers of a step.
     """
 
     posterior: Posterior
-    embedding: Tensor
+    condition: Condition
     draw: Draw
 
     @property
@@ -140,7 +138,7 @@ class Lesson:
 
 
 class LoRAFinetune(L.LightningModule):
-    """Trains LoRA layers that are in a backbone's network, one for each picture of a batch; owns nothing else.
+    """Trains LoRA layers that are in a model's network, one for each picture of a batch; owns nothing else.
 
     Attributes:
         steps_done: in this run, which may have been resumed.
@@ -151,87 +149,63 @@ class LoRAFinetune(L.LightningModule):
 
     def __init__(
         self,
-        backbone: Backbone,
-        weights: Mapping[str, nn.Parameter],
-        lessons: Sequence[Lesson],
+        model: Diffusion,
+        weights: Sequence[Mapping[str, nn.Parameter]],
+        pictures: Sequence[TrainingPicture],
         *,
         lr: float,
         weight_decay: float,
         scheduler: Any,
+        scaling: bool = False,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
-            backbone: with the LoRA layers in its network (`modules.lora.trainable`).
-            weights: what is trained.
-            lessons: one for each picture; row r of a batch is of picture r % their number.
+            model: with the LoRA layers in its network (`modules.lora.trainable`).
+            weights: what is trained of each picture.
+            pictures: one for each picture; row r of a batch is of picture r % their number.
             scheduler: diffusers scheduler that adds noise and knows the velocity.
+            scaling: whether losses are scaled (fp16).
             settings: plain values that a checkpoint is good for; kept in it, see `check_resume`.
         """
         super().__init__()
-        self._frozen = (backbone, lessons, scheduler)  # in a tuple: no submodules, no part of checkpoints
-        self.lr, self.weight_decay, self.settings = lr, weight_decay, dict(settings or {})
-        self.names, self.lora = list(weights), nn.ParameterList(weights.values())
+        self._frozen = (model, pictures, scheduler)  # in a tuple: no submodules, no part of checkpoints
+        self.lr, self.weight_decay, self.scaling, self.settings = lr, weight_decay, scaling, dict(settings or {})
+        self.names = list(weights[0])
+        self.lora = nn.ParameterList(parameter for own in weights for parameter in own.values())
         self.steps_done = 0
-        # for several pictures under fp16
-        self._scalers = [GradScaler(enabled=False) for _ in lessons]
-        self._rows: list[list[nn.Parameter]] = []
-        self.register_buffer("lost", torch.zeros(len(lessons), dtype=torch.int64), persistent=False)
+        self.register_buffer("lost", torch.zeros(len(pictures), dtype=torch.int64), persistent=False)
 
     def training_step(self, _: int) -> Tensor:
-        backbone, lessons, scheduler = self._frozen
-        parts = [self._draw(lesson) for lesson in lessons]
-        latents, noise, t, embeddings = (torch.stack(part, dim=1).flatten(0, 1) for part in zip(*parts, strict=True))
-        predicted = backbone.predict(scheduler.add_noise(latents, noise, t), t, embeddings)
-        target = noise if backbone.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, t)
-        count = len(lessons)
-        losses = [F.mse_loss(predicted[i::count].float(), target[i::count].float()) for i in range(count)]
-        self.log_dict({each(i, "lora/loss", count): loss for i, loss in enumerate(losses)})
-        self.lost = torch.where(torch.isfinite(torch.stack(losses).detach()), 0, self.lost + 1)
+        model, pictures, scheduler = self._frozen
+        parts = [self._draw(picture) for picture in pictures]
+        latents, noise, t = (torch.stack(part, dim=1).flatten(0, 1) for part in zip(*parts, strict=True))
+        count, batch = len(pictures), len(parts[0][0])
+        condition = rows_of(joined([picture.condition for picture in pictures]), list(range(count)) * batch)
+        predicted = model.predict(scheduler.add_noise(latents, noise, t), t, condition)
+        target = noise if model.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, t)
+        losses = {i: F.mse_loss(predicted[i::count].float(), target[i::count].float()) for i in range(count)}
+        self.log_dict({of_run(i, "lora/loss", count): loss for i, loss in losses.items()})
+        self.lost = torch.where(torch.isfinite(torch.stack(list(losses.values())).detach()), 0, self.lost + 1)
         self.steps_done += 1
-        scaled = [scaler.scale(loss) for scaler, loss in zip(self._scalers, losses, strict=True)]
-        return torch.stack(scaled).sum()  # no LoRA is in another's loss
+        # no LoRA is in another's loss
+        return self._optimizer.scaled(losses) if self._optimizer else losses[0]
 
-    def on_after_backward(self) -> None:
-        for parameter, rows in zip(self.lora, self._rows, strict=False):  # no rows: one optimiser for all
-            if parameter.grad is not None:
-                for row, gradient in zip(rows, parameter.grad, strict=True):
-                    row.grad = gradient
-                parameter.grad = None
-
-    def teardown(self, stage: str) -> None:
-        for row in [row for rows in self._rows for row in rows]:  # which a Trainer does not know
-            row.data, row.grad = row.new_empty(0), None
-
-    def _draw(self, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(clean latents, noise, timesteps, embeddings) of one picture, (B, ...) each."""
-        draw = lesson.draw(self.global_step)
-        mean, std = lesson.posterior(draw.corners)
-        noise, t, normal = (self._sent(part) for part in (draw.noise, draw.timesteps, draw.posterior))
-        latents = mean + std * normal
-        return latents, noise, t, lesson.embedding.expand(len(t), -1, -1)
-
-    def _sent(self, part: Tensor) -> Tensor:
-        """On the device, without waiting for what a GPU still has to do."""
-        if self.device.type == "cuda":
-            return part.pin_memory().to(self.device, non_blocking=True)
-        return part.to(self.device)
+    def _draw(self, picture: TrainingPicture) -> tuple[Tensor, Tensor, Tensor]:
+        """(clean latents, noise, timesteps) of one picture, (B, ...) each."""
+        draw = picture.draw(self.global_step)
+        mean, std = picture.posterior(draw.corners)
+        noise, t, normal = (part.to(self.device) for part in (draw.noise, draw.timesteps, draw.posterior))
+        return mean + std * normal, noise, t
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        adam = partial(torch.optim.AdamW, lr=self.lr, weight_decay=self.weight_decay, fused=self._fused)
-        if len(self.lost) == 1:
-            return adam(self.lora)
-        self._scalers = own_scalers(self.trainer, len(self.lost))
-        if not any(scaler.is_enabled() for scaler in self._scalers):
-            return adam(self.lora)
-        # each picture's part of a parameter, in the same memory
-        self._rows = [[nn.Parameter(row) for row in parameter.detach()] for parameter in self.lora]
-        return Separate([adam(rows) for rows in zip(*self._rows, strict=True)], self._scalers)
-
-    @property
-    def _fused(self) -> bool:
-        """Fused, it leaves out by itself a step that overflowed; else the host would read whether it did."""
-        return all(parameter.is_cuda for parameter in self.lora)
+        parameters, own = list(self.lora), len(self.names)
+        adams = [
+            torch.optim.AdamW(parameters[start : start + own], lr=self.lr, weight_decay=self.weight_decay)
+            for start in range(0, len(parameters), own)
+        ]
+        self._optimizer = Separate(adams, scaling=self.scaling) if len(adams) > 1 else None
+        return self._optimizer or adams[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = dict(zip(self.names, checkpoint["state_dict"].values(), strict=True))
@@ -239,8 +213,6 @@ class LoRAFinetune(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"lora.{i}": checkpoint["state_dict"][name] for i, name in enumerate(self.names)}
-        for group in [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]:
-            group["fused"] = self._fused  # the loss scaler relies on what the optimiser was made with
 
 
 def check_resume(path: Path, *, settings: Mapping[str, Any], steps: int) -> None:
