@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dragdiff.backbones.diffusion import rows_of
 from dragdiff.callbacks import DragCallback, DragProgress, PointTracking
 from dragdiff.checks import strategy
 from dragdiff.job import Edit, Job
@@ -99,9 +98,8 @@ def drag(
 def bottleneck(job: Job, level: Level, latents: Tensor) -> Bottleneck:
     """The output of the network's bottleneck for the edits' latents (E, C, h, w), to be optimised in their place."""
     model, pictures = job.model, [edit.picture for edit in job.edits]
-    positive = rows_of(job.denoiser.branches[-1], pictures)
-    _, (values,) = model.with_features(
-        lambda: model.predict(latents, level.t, positive), [model.bottleneck], need_output=False
+    _, (values,) = job.denoiser.with_features(
+        latents, level.t, pictures, names=[model.bottleneck], need_output=False, guided=False
     )
     return Bottleneck(values.float(), latents, model.feature_block(model.bottleneck))
 
