@@ -13,6 +13,7 @@ from dragdiff.modules.backbone import StableDiffusion
 from dragdiff.modules.loading import load_backbone
 
 TRACES = Path(__file__).parent / "data" / "traces"
+METHODS = Path(__file__).parent / "data" / "methods"
 
 
 @pytest.fixture(autouse=True, scope="session")
