@@ -124,7 +124,7 @@ def _drag(
     """The drag of an edit, with its callbacks."""
     settings, row, mask, unedited = edit.config.drag, edit.picture, None, None
     if edit.keep is not None and settings.mask_weight > 0:
-        below = None if reference is None else reference.below[row, None]
+        below = None if reference is None or reference.below is None else reference.below[row, None]
         alphas = level.alpha, level.alpha_below
         mask = MaskTerm(edit.keep, settings.mask_weight, *alphas, job.model.prediction_type, below)
     if reference is not None:
