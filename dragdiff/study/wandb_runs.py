@@ -34,7 +34,7 @@ NAME = 128  # characters that W&B allows
 
 
 @dataclass(frozen=True)
-class Page:
+class WandbPage:
     """What a W&B run shows.
 
     Attributes:
@@ -85,7 +85,7 @@ def track(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> None:
         return
     folder = Path(store.path(plan.study.name)) if isinstance(store.files, LocalFileSystem) else Path.cwd()
     problem, lost = _out_of_reach(settings), []
-    for page in _pages(plan, store, report_files):
+    for page in pages(plan, store, report_files):
         for offline in [True] if settings.offline or problem else [False, True]:
             try:
                 _send(page, replace(settings, offline=offline), plan.study, folder)
@@ -125,7 +125,7 @@ def _end_service() -> None:
         wandb.teardown()
 
 
-def _send(page: Page, settings: LoggerConfig, study: StudyConfig, folder: Path) -> None:
+def _send(page: WandbPage, settings: LoggerConfig, study: StudyConfig, folder: Path) -> None:
     import wandb
 
     def cell(value: Any) -> Any:
@@ -169,7 +169,16 @@ def _send(page: Page, settings: LoggerConfig, study: StudyConfig, folder: Path) 
 # ------------------------------------------------------------------------------------------- what is shown
 
 
-def _pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Iterator[Page]:
+def pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Iterator[WandbPage]:
+    """What is sent of a study: a run for each variant, and one for the whole at the end.
+
+    Args:
+        report_files: as for `track`.
+
+    Raises:
+        UserError: pandas is missing.
+        StoreError: the results can't be read.
+    """
     study, data = plan.study, measured(plan, store)
     means = summary(data)
 
@@ -184,7 +193,7 @@ def _pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Itera
             config, tags = asdict(edit) | {"seeds": list(study.seeds)} | config, wandb_tags(edit)
             del config["seed"]
         samples, notes = _samples(data, store, variant)
-        yield Page(
+        yield WandbPage(
             identity(variant.name),
             variant.name,
             "baseline" if variant.baseline else "variant",
@@ -195,7 +204,7 @@ def _pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Itera
             tables={"samples": samples},
             trajectory=_trajectory(plan, store, variant),
         )
-    yield Page(
+    yield WandbPage(
         identity(None),
         "summary",
         "summary",
