@@ -16,7 +16,7 @@ from dragdiff.assets import EXAMPLES
 from dragdiff.cli import main_edit
 from dragdiff.data.readers import read_sample
 from dragdiff.data.scenes import KINDS, make_scene
-from dragdiff.metrics.scenes import score
+from dragdiff.metrics.truth import score
 from dragdiff.modules.loading import EMBEDDED_MODEL
 
 ROOT = Path(__file__).parents[1]

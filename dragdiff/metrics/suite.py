@@ -103,12 +103,12 @@ class Suite:
 
 
 def _scene(settings: MetricsConfig) -> Measure:
-    from dragdiff.metrics import scenes
+    from dragdiff.metrics import truth
 
     def measure(subject: Subject, edited: np.ndarray) -> Values:
         if subject.scene is None:
             return {}
-        score = scenes.score(subject.scene, edited)
+        score = truth.score(subject.scene, edited)
         return {
             "true_distance": [score.distance_after],
             "psnr_inside": [score.psnr_inside],
@@ -119,15 +119,15 @@ def _scene(settings: MetricsConfig) -> Measure:
 
 
 def _outside(settings: MetricsConfig) -> Measure:
-    from dragdiff.metrics import scenes
+    from dragdiff.metrics import truth
 
     def measure(subject: Subject, edited: np.ndarray) -> Values:
         if subject.sample.mask is None or subject.sample.mask.all():
             return {}
         fixed, source = ~np.asarray(subject.sample.mask), np.asarray(subject.sample.image)
         return {
-            "psnr_outside": [scenes.psnr(edited, source, fixed)],
-            "ssim_outside": [scenes.ssim(edited, source, fixed)],
+            "psnr_outside": [truth.psnr(edited, source, fixed)],
+            "ssim_outside": [truth.ssim(edited, source, fixed)],
         }
 
     return measure

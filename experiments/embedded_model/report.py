@@ -22,7 +22,7 @@ from PIL import Image
 
 from dragdiff import load_config
 from dragdiff.data.scenes import RENDERERS, caption, render, sample_parameters
-from dragdiff.metrics.scenes import psnr
+from dragdiff.metrics.truth import psnr
 from dragdiff.modules.images import to_tensor, to_uint8
 from dragdiff.modules.loading import load_backbone
 
