@@ -226,22 +226,6 @@ class _Machine:
         return np.frombuffer(bytes(data), dtype.numpy).reshape(shape, order="F" if order == "F" else "C")
 
 
-def _reconstruct(machine: _Machine, _subtype: object, _shape: object, _code: object) -> PickledArray:
-    return PickledArray(np.empty(0, np.uint8))  # its BUILD brings shape, dtype and data
-
-
-def _frombuffer(machine: _Machine, data: object, dtype: object, shape: object, order: object) -> PickledArray:
-    return PickledArray(machine.array(data, dtype, shape, order))
-
-
-def _scalar(machine: _Machine, dtype: object, data: object) -> bool | int | float:
-    return machine.array(data, dtype, (), "C").item()
-
-
-def _dtype(machine: _Machine, code: object, _align: object, _copy: object) -> _Dtype:
-    return _Dtype(code)
-
-
 def _encode(machine: _Machine, text: object, encoding: object) -> bytes:
     """How protocol 2 writes bytes."""
     if encoding != "latin1" or not isinstance(text, str):
@@ -251,15 +235,18 @@ def _encode(machine: _Machine, text: object, encoding: object) -> bytes:
 
 
 def _ndarray(*_arguments: object) -> None:
-    raise UnpicklingError("it makes an array without data")  # only named, as the subtype above
+    raise UnpicklingError("it makes an array without data")  # only named, as a subtype
 
 
 _STAND_INS = {
     ("numpy", "ndarray"): _StandIn(_ndarray),
-    ("numpy", "dtype"): _StandIn(_dtype),
-    ("numpy.core.multiarray", "_reconstruct"): _StandIn(_reconstruct),
-    ("numpy.core.multiarray", "scalar"): _StandIn(_scalar),
-    ("numpy.core.numeric", "_frombuffer"): _StandIn(_frombuffer),
+    ("numpy", "dtype"): _StandIn(lambda machine, code, align, copy: _Dtype(code)),
+    # empty: its BUILD brings shape, dtype and data
+    ("numpy.core.multiarray", "_reconstruct"): _StandIn(lambda *_: PickledArray(np.empty(0, np.uint8))),
+    ("numpy.core.multiarray", "scalar"): _StandIn(
+        lambda machine, dtype, data: machine.array(data, dtype, (), "C").item()
+    ),
+    ("numpy.core.numeric", "_frombuffer"): _StandIn(lambda machine, *parts: PickledArray(machine.array(*parts))),
     ("_codecs", "encode"): _StandIn(_encode),
 }
 
