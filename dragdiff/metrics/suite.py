@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -52,7 +52,7 @@ COLUMNS = {
 
 def metric_key(name: str, settings: MetricsConfig) -> str:
     """Names a metric's scores: the metric, and a hash of the settings that it depends on."""
-    used: dict[str, Any] = {}
+    used: dict[str, object] = {}
     if name == "distance":
         model = {key: value for key, value in asdict(settings.distance).items() if key != "device"}
         used = {"model": model, "areas": sorted(settings.areas), "block": settings.block}
@@ -94,7 +94,14 @@ class Suite:
                 self.unavailable[name] = str(error)
 
     def score(self, name: str, subject: Subject, edited: np.ndarray) -> Values | None:
-        """What a metric gives for an edited picture (H, W, 3) uint8; None where it can't be had."""
+        """What a metric gives for an edit.
+
+        Args:
+            edited: (H, W, 3) uint8, of the sample's size.
+
+        Returns:
+            Values by column; none where the metric does not apply to the sample; None where it can't be had at all.
+        """
         measure = self._measures.get(name)
         return measure(subject, edited) if measure else None
 

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from dragdiff import cache
+from dragdiff.aliases import Json
 from dragdiff.config import LoggerConfig, StudyConfig
 from dragdiff.errors import UserError, one_line
 from dragdiff.loggers import check_login, environment, wandb_run, wandb_tags
@@ -47,7 +48,7 @@ class WandbPage:
     id: str
     name: str
     kind: str
-    config: dict[str, Any]
+    config: Json
     tags: list[str] = field(default_factory=list)
     notes: str = ""
     summary: dict[str, float] = field(default_factory=dict)
@@ -128,10 +129,10 @@ def _end_service() -> None:
 def _send(page: WandbPage, settings: LoggerConfig, study: StudyConfig, folder: Path) -> None:
     import wandb
 
-    def cell(value: Any) -> Any:
+    def cell(value: object) -> object:
         return wandb.Image(value) if isinstance(value, Image.Image) else value
 
-    def table(rows: pd.DataFrame) -> Any:
+    def table(rows: pd.DataFrame) -> wandb.Table:
         data = [[cell(value) for value in row] for row in rows.itertuples(index=False, name=None)]
         return wandb.Table(columns=list(rows.columns), data=data)
 
@@ -151,7 +152,7 @@ def _send(page: WandbPage, settings: LoggerConfig, study: StudyConfig, folder: P
     ) as run:
         kept = Path(run.settings.sync_dir)
         with environment(WANDB_DATA_DIR=str(kept)):  # else the tables' pictures are kept in the home folder
-            logged = {name: table(rows) for name, rows in page.tables.items()}
+            logged: dict[str, object] = {name: table(rows) for name, rows in page.tables.items()}
             logged |= {name: wandb.Image(picture) for name, picture in page.pictures.items()}
             if page.trajectory is not None:
                 # a chart of its own: a run's history only grows, and would show what was tracked before as well
@@ -186,7 +187,7 @@ def pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Iterat
         return cache.digest(project=study.logger.project, results=store.url, study=study.name, variant=variant)
 
     for variant in plan.variants:
-        config: dict[str, Any] = {"study": study.name, "variant": variant.name}
+        config: Json = {"study": study.name, "variant": variant.name}
         tags: list[str] = []
         if not variant.baseline:
             edit = config_of(study, variant, study.seeds[0])

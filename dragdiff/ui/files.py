@@ -82,7 +82,10 @@ def _unnamed(folder: str) -> Iterator[None]:
 
 
 def export(sample: EditSample, *, dragbench: bool) -> bytes:
-    """A sample's folder, zipped, in our format or DragBench's."""
+    """
+    Returns:
+        A zip with the sample's folder, in our format or DragBench's.
+    """
     with tempfile.TemporaryDirectory() as folder:
         write = readers.write_dragbench if dragbench else readers.write_folder
         write(sample, Path(folder) / sample.name)
@@ -90,7 +93,10 @@ def export(sample: EditSample, *, dragbench: bool) -> bytes:
 
 
 def results(sample: EditSample, config: Config, folder: Path) -> bytes:
-    """All that a run has made in its folder, with the edit and the config that repeat it, zipped."""
+    """
+    Returns:
+        A zip with all that a run has made in its folder, and with the edit and the config that repeat it.
+    """
     with tempfile.TemporaryDirectory() as made:
         readers.write_folder(sample, Path(made) / sample.name)
         config = dataclasses.replace(config, sample=sample.name)
@@ -103,7 +109,14 @@ def results(sample: EditSample, config: Config, folder: Path) -> bytes:
 
 
 def mask_url(mask: np.ndarray) -> str:
-    """A mask (H, W) bool as the page has it: a data URL of a PNG, white where True."""
+    """A mask as the page has it.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        The data URL of a PNG, white where True.
+    """
     buffer = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG")
     return URL + base64.b64encode(buffer.getvalue()).decode()

@@ -40,7 +40,7 @@ ALIVE_EVERY = 15.0  # s between signs of life on a stream
 
 
 class Page:
-    """The routes, and what they share."""
+    """The routes, and what they share. A `UserError` that one raises is told to the visitor, see `_own`."""
 
     def __init__(self, settings: UIConfig, folder: Path) -> None:
         """
