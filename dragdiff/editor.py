@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from dragdiff import cache, methods, output
+from dragdiff.aliases import Report
 from dragdiff.backbones.diffusion import Diffusion
 from dragdiff.backbones.loading import load_backbone, resolve_autocast, structure
 from dragdiff.callbacks import Watch
@@ -25,7 +26,7 @@ from dragdiff.checks import check_settings, shared_settings
 from dragdiff.config import Config, ModelConfig, load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
-from dragdiff.job import EditResult, Job, NothingLeft, Report, Request
+from dragdiff.job import EditResult, Job, NothingLeft, Request
 from dragdiff.loggers import log_result, open_logger
 from dragdiff.models.trainer import Recording
 from dragdiff.modules import points

@@ -158,12 +158,9 @@ class Source:
         latents, solver = self.path[-1], self._solver(everyone)
         for index in range(self.top.index, len(solver.timesteps)):
             level = self.level(index)
-            maps: list[Tensor] = []
             with torch.no_grad(), self.job.model.recorded_attention(layers) as states:
-                if features:
-                    output, maps = denoiser.with_features(latents, level.t, everyone, names=features, need_output=True)
-                else:
-                    output = denoiser(latents, level.t, everyone)
+                output, maps = denoiser.with_features(latents, level.t, everyone, names=features, need_output=True)
+                assert output is not None
                 alphas, kind = {"alpha": level.alpha, "alpha_to": level.alpha_below}, self.job.model.prediction_type
                 below = ddim.move(latents, output, **alphas, prediction_type=kind)
                 latents = solver.step(output, solver.timesteps[index], latents).prev_sample

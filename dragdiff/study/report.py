@@ -10,12 +10,13 @@ import importlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dragdiff.aliases import Json, Report
 from dragdiff.config import StudyConfig, load_study, to_yaml
 from dragdiff.errors import UserError
 from dragdiff.metrics.statistics import LEVEL, RESAMPLES
@@ -28,7 +29,6 @@ from dragdiff.study.table import ALL, Measured, measured, number, summary, title
 if TYPE_CHECKING:
     import pandas as pd
 
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 Means = Mapping[tuple[str, str, str], Any]  # of (category, column, variant): a row of `table.summary`
 
 PLACE = ("extends", "results", "executor", "workers", "address", "batch", "attempts", "reference_mb", "logger")
@@ -70,7 +70,7 @@ def find_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
     return dataclasses.replace(settings, name=name, results=results)
 
 
-def _filled(config: Any, values: Mapping[str, Any]) -> Any:
+def _filled(config: Any, values: Json) -> Any:
     """A config with other values, as `dataclasses.asdict` gives them."""
     parts = {key: getattr(config, key, None) for key in values}
     return dataclasses.replace(
@@ -79,11 +79,11 @@ def _filled(config: Any, values: Mapping[str, Any]) -> Any:
     )
 
 
-def _is_section(value: Any) -> bool:
+def _is_section(value: object) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Progress = lambda *_: None) -> list[str]:
+def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Report = lambda *_: None) -> list[str]:
     """Write all files of the report below `<study name>/report/`; missing edits are shown as missing.
 
     Args:
@@ -342,7 +342,7 @@ def _files(plan: Plan, brief: bool) -> list[str]:
     ]
 
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; numbers stand at the right."""
     ends = ["-:" if all(isinstance(row[place], int) for row in rows) else "-" for place in range(len(head))]
     lines = [head, ends, *rows]
