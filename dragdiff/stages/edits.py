@@ -74,6 +74,14 @@ def _observe(edit: Edit) -> None:
         edit.observers.append(Spectator(request.watch, edit.trajectory, edit.frames, to_px=edit.to_px))
 
 
+def fix_unmasked(job: Job) -> None:
+    """Let the mask term penalise every change of an edit without a mask, as some published code does."""
+    for edit in job.edits:
+        if edit.keep is None:
+            size = job.model.latent_size(*edit.working.image.shape[:2])
+            edit.keep = torch.ones((1, 1, *size), device=job.model.device)
+
+
 def result(job: Job, edit: Edit, image: np.ndarray) -> EditResult:
     """What an edit of a job has come to, with its picture (H, W, 3) uint8."""
     positions, grid, size = edit.trajectory.positions, edit.points.grid, edit.sample.image.shape[:2]
