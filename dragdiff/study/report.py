@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dragdiff import methods
 from dragdiff.aliases import Json, Report
 from dragdiff.config import StudyConfig, load_study, to_yaml
 from dragdiff.errors import UserError
 from dragdiff.metrics.statistics import LEVEL, RESAMPLES
 from dragdiff.metrics.suite import COLUMNS
 from dragdiff.study import gallery, plots
-from dragdiff.study.plan import SCENES, Plan, Variant, show
+from dragdiff.study.plan import SCENES, Plan, Variant, config_of, show
 from dragdiff.study.store import RESULT, Store
 from dragdiff.study.table import ALL, Measured, measured, number, summary, title
 
@@ -228,6 +229,14 @@ def _how(data: Measured) -> str:
     return " ".join(sentences)
 
 
+def _methods(plan: Plan) -> str:
+    """Which methods the variants are, with their papers."""
+    edits = [config_of(plan.study, variant, plan.study.seeds[0]) for variant in plan.variants if not variant.baseline]
+    found = [methods.find(name) for name in dict.fromkeys(edit.method for edit in edits)]
+    papers = ", ".join(f"{method.name} ([{method.paper}](https://arxiv.org/abs/{method.paper}))" for method in found)
+    return f"Method{'s' if len(found) > 1 else ''}: {papers}."
+
+
 def _what_was_run(data: Measured) -> list[str]:
     plan = data.plan
     categories = Counter(subject.category for subject in plan.subjects)
@@ -256,7 +265,7 @@ def _what_was_run(data: Measured) -> list[str]:
     return [
         f"{len(plan.subjects)} samples of {source} ({samples}), seed{'s' if len(plan.study.seeds) > 1 else ''} "
         f"{seeds}. Of {done + bad + left} edits {done} are measured, {bad} failed, {left} are missing.{state} "
-        f"The variants are compared with {text(plan.reference)}.",
+        f"The variants are compared with {text(plan.reference)}. {_methods(plan)}",
         "## What was run",
         _rows(("variant", *(["settings"] if named else ()), "measured", "failed", "missing"), rows),
     ]
