@@ -165,16 +165,24 @@ def spy(patch: pytest.MonkeyPatch, owner: object, name: str, instead: Callable[[
     return results
 
 
-def spy_denoising(patch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
+def spy_denoising(patch: pytest.MonkeyPatch, backbone: StableDiffusion) -> tuple[list[Tensor], list[Tensor]]:
     """Keep the latents of the source and of the edited branch on their way down, in that order."""
-    source, edited, down = [], [], sources.Step.down
+    source, edited, seen = [], [], []
+    down, predict = sources.Step.down, backbone.predict
+
+    def predicted(latents, *args):
+        seen.append(latents[:1])  # with guidance the same twice
+        return predict(latents, *args)
 
     def call(step, latents, **settings):
+        if source:
+            del source[-1]
+        source.extend([seen[-1], step.reference.below])  # whose forward comes before; the next one's is as good
         lower = down(step, latents, **settings)
-        source.append(step.reference.below)
         edited.extend([lower] if edited else [latents, lower])
         return lower
 
+    patch.setattr(backbone, "predict", predicted)
     patch.setattr(sources.Step, "down", call)
     return source, edited
 
@@ -242,7 +250,7 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
         conditions = spy(patch, backbone, "condition", with_recorded_embedding)
         inverted = spy(patch, ddim, "invert", with_recorded_start)
         generated = spy(patch, sources, "generated", lambda made: (made[0], with_recorded_start(made[1]), made[2]))
-        source, edited = spy_denoising(patch)
+        source, edited = spy_denoising(patch, backbone)
         result = editor.edit(sample, callbacks=[recorder])
     yield Replay(
         case=case,
@@ -254,7 +262,7 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
         recorder=recorder,
         condition=conditions[-1],
         path=inverted[0] if inverted else generated[0][1],
-        denoising=([start, *source], edited),
+        denoising=(source, edited),
     )
 
 

@@ -6,13 +6,15 @@ A case's weights are W, V (C, c) and U (C, D) for c latent channels, C feature c
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
+from dragdiff.backbones.diffusion import Condition, Diffusion
 from dragdiff.modules import ddim
 from dragdiff.modules.features import FeatureMap
 from dragdiff.modules.points import Size
@@ -56,9 +58,7 @@ def _upwards(weights: Weights, latent: Tensor, mid: Tensor | None) -> Tensor:
     return F.interpolate(mid_block(weights, latent) if mid is None else mid, latent.shape[-2:], mode="nearest")
 
 
-def features(
-    weights: Weights, latent: Tensor, condition: Tensor, *, grid: Size, mid: Tensor | None = None
-) -> FeatureMap:
+def features(weights: Weights, latent: Tensor, condition: Tensor, *, grid: Size, mid: Tensor | None = None):
     """The features as a drag sees them, of a batch of one, on a grid of (rows, cols)."""
     return FeatureMap([raw_features(weights, latent, condition, mid=mid)], grid)
 
@@ -86,3 +86,71 @@ def step_down(scheduler: DDIMScheduler, latent: Tensor, output: Tensor, *, index
         alpha_to=ddim.alpha_before(scheduler, index),
         prediction_type="epsilon",
     )
+
+
+class Network(nn.Module):
+    """The stand-in as a module, with the two points that hooks may be set on."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.weights, self.mid, self.features = weights, nn.Identity(), nn.Identity()
+
+    def forward(self, latents: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        mid = self.mid(mid_block(self.weights, latents)) if "A" in self.weights else None
+        self.features(raw_features(self.weights, latents, condition, mid=mid))
+        return noise(self.weights, latents, t, condition, mid=mid)
+
+
+class Toy(Diffusion):
+    """The stand-in as a model: whole methods run on it. Its pictures are black, whatever is decoded.
+
+    Attributes:
+        decoded: the latents that were to be decoded.
+    """
+
+    name, prediction_type, latent_stride, latent_channels = "toy", "epsilon", 8, 4
+    feature_strides, bottleneck = {"mid": 2, "features": 1}, "mid"
+    lora_targets, self_attention_layers = (), ()
+
+    def __init__(self, weights: Weights) -> None:
+        self.network = Network(weights)
+        self.modules, self.conditioners, self.device = (self.network,), (), torch.device("cpu")
+        self.decoded: list[Tensor] = []
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        latents = torch.zeros(len(images), 4, *self.latent_size(*images.shape[2:]))
+        return latents, latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.decoded.append(latents)
+        return torch.zeros(len(latents), 3, *(8 * side for side in latents.shape[2:]))
+
+    def tokenize(self, prompts):
+        return torch.zeros(len(prompts), 1, dtype=torch.int64)
+
+    def condition(self, prompts) -> Condition:
+        return {"condition": self.network.weights["emb"].repeat(len(prompts), 1, 1)}
+
+    def predict(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.network(latents, t, condition["condition"])
+
+    def feature_block(self, name: str) -> nn.Module:
+        return self.network.get_submodule(name)
+
+    def scheduler(self, steps: int, kind: str = "ddim"):
+        return schedule(steps)
+
+    def recorded_attention(self, layers):
+        return nullcontext({})
+
+    def shared_attention(self, layers, states, *, where=None):
+        return nullcontext()
+
+    def saving_memory(self):
+        return nullcontext()
+
+    def compiled(self):
+        return nullcontext()
+
+    def sharpened(self, settings):
+        return nullcontext()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dragdiff.errors import UserError
@@ -18,14 +19,14 @@ BLENDS = ("average", "nearest")
 FILLS = ("neighbours", "noise", "keep")
 
 
-def region_of(mask: Tensor, *, grid: Size, latent_size: Size) -> Tensor:
+def region_of(mask: NDArray[np.bool_] | None, *, grid: Size, latent_size: Size) -> Tensor:
     """The editable area at the latent's size, by way of the feature grid as the published code has it.
 
     Other than by `points.mask_to_latent`, a latent pixel belongs to it as soon as one of the grid positions does that
     bilinear resizing (not antialiased) reads for it.
 
     Args:
-        mask: (H, W) bool, True = may change.
+        mask: (H, W) bool, True = may change; None = all of it.
         grid: (rows, cols) of the feature grid.
         latent_size: (h, w).
 
@@ -35,7 +36,10 @@ def region_of(mask: Tensor, *, grid: Size, latent_size: Size) -> Tensor:
     Raises:
         UserError: nothing of the area is left.
     """
-    on_grid = F.interpolate(mask[None, None].float(), grid, mode="nearest")
+    if mask is None:
+        return torch.ones(latent_size, dtype=torch.bool)
+    pixels = torch.from_numpy(np.array(mask, dtype=np.float32))
+    on_grid = F.interpolate(pixels[None, None], grid, mode="nearest")
     region = F.interpolate(on_grid, latent_size, mode="bilinear")[0, 0] > 0
     if not region.any():
         height, width = latent_size
