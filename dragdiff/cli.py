@@ -1,4 +1,5 @@
-"""The command line: `dragdiff VERB` with edit, train, ui, study, report, convert; the top-level `edit.py`, `train.py`.
+"""The command line: `dragdiff VERB` with edit, train, methods, ui, study, report, convert; and the top-level `edit.py`
+and `train.py`.
 
 Only argparse and OmegaConf are imported here: `--help` and most mistakes answer at once.
 """
@@ -33,6 +34,8 @@ EDIT_HELP = f"""Drag one image, or each sample of a folder; results go to output
   {{prog}}                                  an embedded example with the embedded model
   {{prog}} configs/sd15.yaml image=cat.jpg prompt="a cat" points="[[[120,200],[180,200]]]" mask=mask.png
   {{prog}} configs/sd15.yaml sample=DragBench/animals
+  {{prog}} configs/sd15.yaml sample=DragBench/animals method=NAME
+                                          by another published method: `dragdiff methods` lists them
   {{prog}} configs/sd15.yaml generate.enabled=true prompt="a cat"
   {{prog}} outputs/cat/config.yaml          repeats a run
   dragdiff convert DragBench plain_samples  pickled samples to plain files
@@ -66,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = {
         "edit": (main_edit, "drag one image, or a folder of samples"),
         "train": (main_train, "fine-tune a LoRA on one image"),
+        "methods": (main_methods, "list the published methods, or say all of one"),
         "ui": (main_ui, "open the web page: draw, drag, watch"),
         "study": (main_study, "run a study: variants of the settings over a data set"),
         "report": (main_report, "tables, plots and a gallery of what a study has found"),
@@ -91,6 +95,15 @@ def main_edit(argv: Sequence[str] | None = None, *, prog: str = "python edit.py"
 
 def main_train(argv: Sequence[str] | None = None, *, prog: str = "python train.py") -> int:
     return run(train, _config_parser(prog, TRAIN_HELP), argv)
+
+
+def main_methods(argv: Sequence[str] | None = None, *, prog: str = "dragdiff methods") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="The published methods; `method=NAME` has one edit.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="say all of this one; without it, list them")
+    return run(list_methods, parser, argv)
 
 
 def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study") -> int:
@@ -260,6 +273,14 @@ def _train_one(editor: Editor, requests: Sequence[Request]) -> list[str | UserEr
         trained = editor.finetune(sample, folder=folder, logger=logger)
     assert trained is not None
     return [f"wrote {lora_file.save(trained, folder)}; use it with lora.path={folder}"]
+
+
+def list_methods(arguments: argparse.Namespace) -> int:
+    """Say which methods there are, or what one is."""
+    from dragdiff import catalogue
+
+    print(catalogue.details(arguments.name) if arguments.name else catalogue.overview())
+    return 0
 
 
 def study(arguments: argparse.Namespace) -> int:
@@ -447,7 +468,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         if path and not os.path.exists(path):
             raise UserError(f"lora.{key} is {path!r}: no such file or folder")
         setattr(config.lora, key, path)
-    for section, key in [(config, "sample"), (config.model, "path"), (config.model, "vae")]:
+    for section, key in [(config, "sample"), *((config.model, part) for part in ("path", "vae", "unet"))]:
         path = _absolute(getattr(section, key))
         if path and os.path.exists(path):  # else a hub id, example:NAME or scene:NAME
             setattr(section, key, path)

@@ -468,7 +468,7 @@ class UIConfig:
     threads: int = option(0, "CPU threads of the model; 0 = torch's own choice", at_least(0))
 
 
-STEPS_ON_A_GPU = 16  # that are timed of a stage: some of the host's looks at a drag are among them
+STEPS_ON_A_GPU = 16  # that are timed of a stage
 
 
 @dataclass

@@ -105,10 +105,14 @@ def check_values(config: Any) -> None:
             raise UserError(f"{key} is {value!r}: it must be {allowed.words}")
 
 
-def describe(config: object) -> str:
-    """Every key of a config with its value and explanation, for --help."""
+def describe(config: object, *, prefix: str = "") -> str:
+    """Every key of a config with its value and explanation, for --help.
+
+    Args:
+        prefix: of a section that is described by itself, e.g. "drag.".
+    """
     lines = []
-    for key, f, value in walk(config):
+    for key, f, value in walk(config, prefix):
         allowed = f"  [{f.metadata['check'].words}]" if f.metadata["check"] else ""
         shown = "''" if value == "" else value
         lines.append(f"  {key}={shown}\n      {f.metadata['explanation']}{allowed}")

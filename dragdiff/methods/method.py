@@ -124,6 +124,14 @@ def guidance_rows(config: Config) -> int:
     return 2 if config.generate.enabled and config.generate.guidance != 1 else 1
 
 
+def total_forwards(stages: Sequence[Stage]) -> dict[str, float]:
+    """What the parts of each stage cost together, in forwards of the denoiser for one row, in their order."""
+    forwards: dict[str, float] = {}
+    for stage in stages:
+        forwards[stage.name] = forwards.get(stage.name, 0.0) + stage.forwards
+    return forwards
+
+
 def total_steps(stages: Sequence[Stage]) -> dict[str, int]:
     """Steps of each stage as its progress counts them, in their order."""
     steps: dict[str, int] = {}

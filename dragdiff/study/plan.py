@@ -334,7 +334,7 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
             raise UserError(f"variant {variant.name!r} sets {key}, which {config.method} does not read")
     if config.generate.enabled:
         raise UserError(f"variant {variant.name!r} sets generate.enabled: a study edits the pictures of its data")
-    here: dict[str, Any] = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae")}
+    here: dict[str, Any] = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae", "unet")}
     return dataclasses.replace(
         config,
         seed=seed,
