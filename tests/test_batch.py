@@ -430,20 +430,18 @@ class Told:
             self.steps.append(step)
 
 
-def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatch):
-    rows = limited(backbone, monkeypatch, 4)
-    logger, told, one = Recording(), Told(), editor(backbone, "cache.reference_mb=100")
-    together, kept = one.edit_batch, []
+def test_a_batch_too_large_for_the_memory_goes_on_one_by_one(backbone, monkeypatch):
+    rows, kept = limited(backbone, monkeypatch, 4), list[int]()
 
-    def counted(requests: list[Request]) -> list[EditResult | UserError]:
-        kept.append(len(one.kept["references"]))
-        return together(requests)
+    def report(stage: str, done: int, total: int, note: str) -> None:
+        if (stage, done) == ("LoRA", 0):
+            kept.append(len(one.kept["references"]))
 
-    monkeypatch.setattr(one, "edit_batch", counted)
-    with pytest.warns(UserWarning, match="too small for 3 edits at once"):
-        results = together([Request(SAMPLES[0], logger=logger), *map(Request, SAMPLES[1:])])
-    assert max(rows) == 4  # two LoRAs, two draws each
-    assert kept == [0, 0] and one.kept["references"]  # what the first half keeps is not in the way of the second
+    logger, told, one = Recording(), Told(), editor(backbone, "cache.reference_mb=100", report=report)
+    with pytest.warns(UserWarning, match="too small for 3 edits at once: they go on one by one"):
+        results = one.edit_batch([Request(SAMPLES[0], logger=logger), *map(Request, SAMPLES[1:])])
+    assert max(rows) == 2  # two draws each
+    assert kept == [0] * 4 and one.kept["references"]  # what an edit keeps is not in the way of the next
     monkeypatch.undo()
     for result, sample in zip(results, SAMPLES, strict=True):
         assert_same(result, editor(backbone).edit(sample))
@@ -451,12 +449,31 @@ def test_a_batch_too_large_for_the_memory_goes_on_in_halves(backbone, monkeypatc
     assert told.steps == [0, 1, 2]
 
 
-def test_loras_that_edits_share_are_trained_in_halves_where_memory_is_too_small(backbone, monkeypatch, tmp_path):
+def test_an_edit_too_large_for_the_memory_takes_nothing_from_the_others(backbone, monkeypatch):
+    limited(backbone, monkeypatch, 1)
+    requests = [Request(sample) for sample in SAMPLES[:2]]
+    broken, encode = to_tensor(SAMPLES[1].image), backbone.encode
+
+    def encoded(images: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.equal(images, broken):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(images)
+
+    monkeypatch.setattr(backbone, "encode", encoded)
+    with pytest.warns(UserWarning, match="too small for 2 edits at once"):
+        first, large = editor(backbone, "lora.steps=0").edit_batch(requests)
+    assert isinstance(first, EditResult)
+    assert isinstance(large, UserError) and "memory is too small" in str(large)
+    with pytest.raises(torch.OutOfMemoryError):
+        editor(backbone, "lora.steps=0").edit_batch(requests[1:])
+
+
+def test_loras_that_edits_share_are_trained_together(backbone, monkeypatch, tmp_path):
     settings = ["cache.enabled=true", f"cache.folder={tmp_path}"]
-    rows = limited(backbone, monkeypatch, 4)
+    rows = limited(backbone, monkeypatch, 6)
     shared = editor(backbone, *settings)
     shared.share_loras(SAMPLES, [1, 2])
-    assert rows == [2, 2, 4, 4] and shared.ran_together == 2  # two draws for each picture
+    assert rows == [6, 6] and shared.ran_together == 3  # two draws for each picture
     monkeypatch.undo()
     for sample in SAMPLES:
         found = editor(backbone, "lora.steps=2", *settings).finetune(sample)
@@ -464,7 +481,7 @@ def test_loras_that_edits_share_are_trained_in_halves_where_memory_is_too_small(
         assert alone is not None
         assert_same_lora(found, alone)
     assert len([path for path in (tmp_path / "lora").iterdir() if path.is_dir()]) == 6
-    limited(backbone, monkeypatch, 0)
+    limited(backbone, monkeypatch, 5)
     with pytest.raises(torch.OutOfMemoryError):
         shared.share_loras(SAMPLES, [3])
 
