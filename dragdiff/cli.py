@@ -90,14 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def main_edit(argv: Sequence[str] | None = None, *, prog: str = "python edit.py") -> int:
+    """`dragdiff edit`, with these arguments instead of the command line\'s; its exit code."""
     return run(edit, _config_parser(prog, EDIT_HELP), argv)
 
 
 def main_train(argv: Sequence[str] | None = None, *, prog: str = "python train.py") -> int:
+    """`dragdiff train`, with these arguments instead of the command line\'s; its exit code."""
     return run(train, _config_parser(prog, TRAIN_HELP), argv)
 
 
 def main_methods(argv: Sequence[str] | None = None, *, prog: str = "dragdiff methods") -> int:
+    """`dragdiff methods`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="The published methods; `method=NAME` has one edit.",
@@ -107,6 +110,7 @@ def main_methods(argv: Sequence[str] | None = None, *, prog: str = "dragdiff met
 
 
 def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study") -> int:
+    """`dragdiff study`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s STUDY.yaml [key=value ...] [--plan] [--retry-failed] [--wandb-sweep FILE]",
@@ -125,6 +129,7 @@ def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study
 
 
 def main_report(argv: Sequence[str] | None = None, *, prog: str = "dragdiff report") -> int:
+    """`dragdiff report`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s STUDY [key=value ...] [--brief]",
@@ -138,6 +143,7 @@ def main_report(argv: Sequence[str] | None = None, *, prog: str = "dragdiff repo
 
 
 def main_ui(argv: Sequence[str] | None = None, *, prog: str = "dragdiff ui") -> int:
+    """`dragdiff ui`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [PAGE.yaml ...] [key=value ...]",
@@ -150,6 +156,7 @@ def main_ui(argv: Sequence[str] | None = None, *, prog: str = "dragdiff ui") -> 
 
 
 def main_convert(argv: Sequence[str] | None = None, *, prog: str = "dragdiff convert") -> int:
+    """`dragdiff convert`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Copy samples of any known format (DragBench, Drag100, ...) into the plain folder format.",

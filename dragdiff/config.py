@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from dragdiff import methods
+from dragdiff.aliases import Json
 from dragdiff.errors import UserError
 from dragdiff.methods.method import Method
 from dragdiff.options import (
     Layer,
+    Values,
     as_it_stands,
     at_least,
     check_values,
@@ -335,7 +337,7 @@ class Config:
         return _unpickled, (self.method, vars(self))
 
 
-def _unpickled(method: str, values: dict[str, Any]) -> Config:
+def _unpickled(method: str, values: Json) -> Config:
     return config_class(method)(**values)
 
 
@@ -410,11 +412,11 @@ class StudyConfig:
     name: str = option("", "of its folder below results; empty = the file's name")
     extends: str = option("", "a study file that this one starts from, relative to it")
     base: list[str] = option([DEFAULT_OVERLAY], "overlays that all variants start from")
-    settings: dict[str, Any] = option({}, "settings that all variants share, over base")
+    settings: Json = option({}, "settings that all variants share, over base")
     data: StudyDataConfig = field(default_factory=StudyDataConfig)
-    grid: dict[str, Any] = option({}, "key: values, ...; a variant for each combination")
+    grid: Json = option({}, "key: values, ...; a variant for each combination")
     variants: list[Any] = option([], "settings of each variant, instead of a grid")
-    random: dict[str, Any] = option(
+    random: Json = option(
         {},
         "key: values, or {low, high, log: true}, ...; variants drawn at random, instead of a grid",
     )
@@ -518,9 +520,7 @@ def find_overlay(name: str | Path) -> Path:
     raise UserError(f"no config file {str(name)!r}: give a YAML file, or one of the shipped overlays {names}")
 
 
-def load_config(
-    files: Sequence[str | Path | dict[str, Any]] = (), overrides: Sequence[str | dict[str, Any]] = ()
-) -> Config:
+def load_config(files: Sequence[str | Path | Json] = (), overrides: Sequence[str | Json] = ()) -> Config:
     """Merge defaults, the method's published values, overlays in order, then overrides, and check the result.
 
     An overlay's plain keys in the shared sections (`METHODS_OWN`) are meant for the method that it names, else for the
@@ -559,7 +559,7 @@ def load_config(
     return config
 
 
-def _chosen(overlays: Sequence[Layer], overrides: Sequence[str | dict[str, Any]]) -> str:
+def _chosen(overlays: Sequence[Layer], overrides: Sequence[str | Json]) -> str:
     """The method that the last of the layers names."""
     named = [overlay.get("method") for overlay, _ in overlays]
     for override in overrides:
@@ -570,7 +570,7 @@ def _chosen(overlays: Sequence[Layer], overrides: Sequence[str | dict[str, Any]]
     return str(next((name for name in reversed(named) if name is not None), DEFAULT_METHOD))
 
 
-def _meant_for(method: Method, overlay: dict[Any, Any], where: str) -> list[Layer]:
+def _meant_for(method: Method, overlay: Values, where: str) -> list[Layer]:
     """What an overlay wants of a method."""
     theirs = str(overlay.get("method", DEFAULT_METHOD))
     own = overlay.get("methods", {})

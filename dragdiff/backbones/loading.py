@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dragdiff.aliases import Json
 from dragdiff.backbones import single_file
 from dragdiff.backbones.stable_diffusion import (
     PARTS,
@@ -169,7 +170,7 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Json:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -301,7 +302,7 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
 
     check_model(config)
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    parts: Json = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     _quiet()
     try:
         if config.vae:
@@ -351,7 +352,7 @@ def _load_unet(name: str, *, dtype: torch.dtype) -> Any:
     from diffusers import UNet2DConditionModel
 
     folder = _unet_folder(name)
-    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    settings: Json = {"dtype": dtype, "use_safetensors": True}
     try:
         return UNet2DConditionModel.from_pretrained(
             str(folder), local_files_only=True, variant=_variant(folder), **settings
@@ -370,7 +371,7 @@ def _variant(folder: Path) -> str | None:
     return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
-def identity(config: ModelConfig) -> dict[str, Any]:
+def identity(config: ModelConfig) -> Json:
     """What tells one model from another without loading it: the files' contents, or the hub's id and revision.
 
     Of a file larger than a few MB its size and some pieces count.

@@ -79,7 +79,11 @@ class Method:
     note: str = ""
 
     def reads_key(self, key: str) -> bool:
-        """Whether it reads an option of the shared sections."""
+        """Whether it reads an option of the shared sections.
+
+        Args:
+            key: dotted, as `drag.lr`.
+        """
         return any(key == beginning or key.startswith(f"{beginning}.") for beginning in self.reads)
 
     def check(self, sample: EditSample) -> None:
@@ -133,7 +137,11 @@ def total_forwards(stages: Sequence[Stage]) -> dict[str, float]:
 
 
 def total_steps(stages: Sequence[Stage]) -> dict[str, int]:
-    """Steps of each stage as its progress counts them, in their order."""
+    """Steps of each stage as its progress counts them.
+
+    Returns:
+        By the stage's name, in the order of the work.
+    """
     steps: dict[str, int] = {}
     for stage in stages:
         steps[stage.name] = max(stage.steps, steps.get(stage.name, 0))
