@@ -305,7 +305,7 @@ def study(arguments: argparse.Namespace) -> int:
         return 0
     if settings.logger.kind != "none":
         from dragdiff.study.report import check_packages
-        from dragdiff.study.tracking import check_tracking
+        from dragdiff.study.wandb_runs import check_tracking
 
         check_tracking(settings)
         check_packages()
@@ -315,7 +315,7 @@ def study(arguments: argparse.Namespace) -> int:
     if settings.logger.kind != "none":
         from dragdiff.study.report import write_report
         from dragdiff.study.store import Store
-        from dragdiff.study.tracking import track
+        from dragdiff.study.wandb_runs import track
 
         store = Store(settings.results)
         pictures = [path for path in write_report(plan, store, brief=True) if path.endswith(".png")]

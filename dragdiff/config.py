@@ -545,15 +545,17 @@ def load_config(
     for overlay, name in overlays:
         layers += _meant_for(method, overlay, f"in {name}")
     layers.append(({"method": method.name}, ""))
-    for override in overrides:
-        values = override if isinstance(override, dict) else read_override(kind, override)
-        layers.append((values, "in the settings" if isinstance(override, dict) else f"in {override!r}"))
-    config = merged(kind, layers)
+    given: list[Layer] = [
+        (override, "in the settings")
+        if isinstance(override, dict)
+        else (read_override(kind, override), f"in {override!r}")
+        for override in overrides
+    ]
+    config = merged(kind, [*layers, *given])
     check(config)
-    for override in overrides:
-        for key, _ in flat(override if isinstance(override, dict) else {override.partition("=")[0]: None}):
-            if not config.reads(key):
-                warnings.warn(f"{method.name} does not read {key}: it changes nothing", stacklevel=2)
+    for key in [key for values, _ in given for key, _ in flat(values)]:
+        if not config.reads(key):
+            warnings.warn(f"{method.name} does not read {key}: it changes nothing", stacklevel=2)
     return config
 
 

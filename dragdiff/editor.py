@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -19,26 +18,26 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from dragdiff import cache, methods, output
+from dragdiff.aliases import Report
 from dragdiff.backbones.diffusion import Diffusion
 from dragdiff.backbones.loading import load_backbone, resolve_autocast, structure
-from dragdiff.callbacks import Frames, Spectator, Watch
+from dragdiff.callbacks import Watch
 from dragdiff.checks import check_settings, shared_settings
 from dragdiff.config import Config, ModelConfig, load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
-from dragdiff.job import Edit, EditResult, Job, NothingLeft, Report, Request
+from dragdiff.job import EditResult, Job, NothingLeft, Request
 from dragdiff.loggers import log_result, open_logger
 from dragdiff.models.trainer import Recording
 from dragdiff.modules import points
 from dragdiff.modules.lora import LoRA
-from dragdiff.stages import adapters
+from dragdiff.stages import adapters, edits
 from dragdiff.stages.sources import generated
 
 TOO_LITTLE_MEMORY = (
     "the device's memory is too small for this picture: set model.memory=low, a smaller data.max_size, "
     "model.dtype=fp16 or a smaller lora.batch_size"
 )
-T = TypeVar("T")
 
 
 class Editor:
@@ -128,7 +127,7 @@ class Editor:
         """Edit several samples at once: their LoRAs are trained in one batch, their latents dragged in one.
 
         Results are those of `edit` but for rounding. The samples' pictures may be the same, then they share what
-        depends on nothing else. Where a GPU's memory is too small for all at once, they go on in halves.
+        depends on nothing else. Where a GPU's memory is too small for all at once, they go on one by one.
 
         Args:
             requests: whose pictures have latents of one size, see `size_class`.
@@ -140,129 +139,43 @@ class Editor:
             UserError: the requests don't fit into one batch.
         """
 
-        def run(part: Sequence[Request]) -> list[EditResult | UserError]:
-            for request in part:
-                if isinstance(request.logger, Recording):
-                    request.logger.clear()
-            return self._run(part)
-
         self._check_batch(requests)
-        return self._in_halves(
-            requests, run, f"{len(requests)} edits", lambda part: [UserError(TOO_LITTLE_MEMORY)] * len(part)
-        )
-
-    def _in_halves(
-        self,
-        items: Sequence[T],
-        work: Callable[[Sequence[T]], list[Any]],
-        what: str,
-        lost: Callable[[Sequence[T]], list[Any]],
-    ) -> list[Any]:
-        """What the work gives for all items together; where a device's memory is too small, for one half after the
-        other; `lost` stands for those that are too large by themselves.
-
-        Raises:
-            OutOfMemoryError: a single item was asked for, and is too large.
-        """
         try:
-            return work(items)
+            return self._run(requests)
         except torch.OutOfMemoryError:
-            if len(items) == 1:
+            if len(requests) == 1:
                 raise
         # outside of the clause the error is gone, and with it what it holds
-        warnings.warn(f"the device's memory is too small for {what} at once: they go on in halves", stacklevel=3)
-        middle, results = len(items) // 2, []
-        for half in (items[:middle], items[middle:]):
+        warnings.warn(
+            f"the device's memory is too small for {len(requests)} edits at once: they go on one by one", stacklevel=2
+        )
+        results: list[EditResult | UserError] = []
+        for request in requests:
             self.forget()
+            if isinstance(request.logger, Recording):
+                request.logger.clear()
             try:
-                results += self._in_halves(half, work, str(len(half)), lost)
-            except torch.OutOfMemoryError:  # what the other half has made is not lost
-                results += lost(half)
+                results += self._run([request])
+            except torch.OutOfMemoryError:  # what the others have made is not lost
+                results.append(UserError(TOO_LITTLE_MEMORY))
         return results
 
     def _run(self, requests: Sequence[Request]) -> list[EditResult | UserError]:
         self._begin()
         job = self.job()
         outcomes: dict[int, EditResult | UserError] = {}
-        with suppress(NothingLeft):
-            pictures: dict[tuple[str, str], EditSample] = {}
+        with suppress(NothingLeft), self.backbone.frozen(self.config.model):
             for number, request in enumerate(requests):
                 try:
-                    job.edits.append(self._edit(number, request, pictures))
+                    edits.begin(job, self.method, number, request)
                 except UserError as error:
                     outcomes[number] = UserError(str(error))  # without what its traceback holds
-            job.pictures = list(pictures.values())
-            if job.edits:
-                with self.backbone.frozen(self.config.model):
-                    images = self.method.run(job)
-                self.ran_together = len(job.edits)
-                for edit, image in zip(job.edits, images, strict=True):
-                    outcomes[edit.number] = self._result(job, edit, image)
+            images = self.method.run(job) if job.edits else []
+            self.ran_together = len(job.edits)
+            for edit, image in zip(job.edits, images, strict=True):
+                outcomes[edit.number] = edits.result(job, edit, image)
         outcomes |= job.failed
         return [outcomes[number] for number in range(len(requests))]
-
-    def _edit(self, number: int, request: Request, pictures: dict[tuple[str, str], EditSample]) -> Edit:
-        """An edit that can begin; its picture is added to the different ones.
-
-        Raises:
-            UserError: its sample does not fit the settings or the method.
-        """
-        sample, config = request.sample, request.config or self.config
-        self.method.check(sample)
-        generate = config.generate
-        if generate.enabled:  # its picture comes later
-            blank = np.zeros((generate.height, generate.width, 3), np.uint8)
-            working = sample = dataclasses.replace(sample, image=blank)
-        else:
-            working, prompt = sample.resized(config.data.max_size), self.method.prompt(config, sample.prompt)
-            if prompt != sample.prompt:
-                working = dataclasses.replace(working, prompt=prompt)
-        size, device = working.image.shape[:2], self.backbone.device
-        grid = points.grid_size(size, config.drag.grid_scale)
-        handles, targets = (
-            points.to_grid(torch.tensor(np.asarray(which)), image_size=size, grid=grid).to(device)
-            for which in (working.handles, working.targets)
-        )
-        keep = None
-        if working.mask is not None:
-            latent_size = self.backbone.latent_size(*size)
-            mask = torch.from_numpy(np.array(working.mask))
-            keep = 1 - points.mask_to_latent(mask, grid=grid, latent_size=latent_size).to(device)
-        key = (cache.digest(image=working.image), working.prompt)
-        pictures.setdefault(key, working)
-        edit = Edit(
-            number,
-            list(pictures).index(key),
-            request,
-            config,
-            sample,
-            working,
-            points.Points(handles, handles.clone(), targets, grid),
-            keep,
-            torch.Generator().manual_seed(config.seed),
-        )
-        _observe(edit)
-        return edit
-
-    def _result(self, job: Job, edit: Edit, image: np.ndarray) -> EditResult:
-        positions, grid = edit.trajectory.positions, edit.points.grid
-        size = edit.sample.image.shape[:2]
-        frames = [
-            (step, picture, points.to_image(handles, image_size=size, grid=grid).numpy())
-            for step, picture, handles in edit.frames.frames
-        ]
-        tracked = bool(positions) or bool(edit.stop_reason)
-        return EditResult(
-            sample=edit.sample,
-            image=image,
-            trajectory=edit.to_px(positions or [edit.points.handles]) if tracked else None,
-            steps=edit.steps,
-            stop_reason=edit.stop_reason,
-            frames=frames,
-            seconds={stage: seconds / len(job.edits) for stage, seconds in job.seconds.items()},
-            peak_memory_mb=peak_memory_mb(self.backbone.device),
-            config=edit.config,
-        )
 
     def size_class(self, sample: EditSample) -> points.Size:
         """(h, w) of the sample's latent: edits with the same can be in one batch."""
@@ -368,19 +281,11 @@ class Editor:
         return trained
 
     def share_loras(self, samples: Sequence[EditSample], steps: Collection[int]) -> None:
-        """Train each sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way.
-
-        Where a GPU's memory is too small for all at once, they go on in halves.
-        """
-
-        def run(part: Sequence[EditSample]) -> list[None]:
-            self._begin()
-            with self.backbone.frozen(self.config.model):
-                self.ran_together = adapters.share(self.job(part), steps)
-            return []
-
+        """Train each sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
+        self._begin()
         different = {cache.digest(image=w.image, prompt=w.prompt): w for w in map(self._working, samples)}
-        self._in_halves(list(different.values()), run, f"{len(different)} LoRAs", lambda part: [])
+        with self.backbone.frozen(self.config.model):
+            self.ran_together = adapters.share(self.job(list(different.values())), steps)
 
     def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
         """Generate a picture as `config.generate` says.
@@ -457,33 +362,6 @@ class OneModel:
             self._editor = Editor(config, load_backbone(config.model))
             self._loaded = copy.copy(config.model)
         return self._editor.reconfigured(config, report=report)
-
-
-def _observe(edit: Edit) -> None:
-    """Give an edit its observers."""
-    request = edit.request
-    log_image = getattr(request.logger, "log_image", None)
-    edit.frames = Frames(
-        draw=lambda picture: output.frame(picture, edit.sample, edit.to_px(edit.trajectory.positions)),
-        every=edit.config.output.frames_every,
-        folder=request.folder and request.folder / "frames",
-        send=lambda picture, step: log_image and log_image("drag/frame", [picture], caption=[f"step {step}"]),
-    )
-    edit.observers = [edit.trajectory, *request.callbacks, edit.frames]  # type: ignore[list-item]
-    if request.watch is not None:
-        edit.observers.append(Spectator(request.watch, edit.trajectory, edit.frames, to_px=edit.to_px))
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak of the device's allocator (CUDA), else of this process's resident memory since it began; 0 where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 @contextmanager

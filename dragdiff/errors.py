@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user, not of the program; and how to quote others in it."""
+"""The exceptions that others catch: a mistake of the user, not of the program; a study's worker or GPU that is gone."""
 
 
 class UserError(Exception):
@@ -6,6 +6,14 @@ class UserError(Exception):
 
     The command line prints its message as one line and exits with code 2.
     """
+
+
+class WorkerDied(Exception):
+    """A study's worker is gone, its process or machine, and with it what it was doing."""
+
+
+class DeviceLost(UserError):
+    """A GPU answers every call with an error; until the process that has it ends, nothing can be done there."""
 
 
 def one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from dragdiff import cache
+from dragdiff.aliases import Report
 from dragdiff.backbones.diffusion import Condition, Diffusion
 from dragdiff.callbacks import Frames, Trajectory, Watch
 from dragdiff.config import Config
@@ -26,8 +27,6 @@ from dragdiff.modules.points import Points, to_image
 
 if TYPE_CHECKING:
     from dragdiff.modules.denoiser import Denoiser
-
-Report = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, note
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dragdiff.aliases import Json
 from dragdiff.config import Config, LoggerConfig
 from dragdiff.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+    from PIL.Image import Image
+    from wandb import Run
 
 WANDB_TAG = 64  # characters that W&B allows
 MENDING = "run `wandb login`, or set logger.offline=true or logger.kind=none"
@@ -62,7 +65,7 @@ def open_logger(config: Config, *, name: str, folder: Path) -> Iterator[Logger |
             yield _tolerant_logger(run)
 
 
-def _wandb_run(config: Config, name: str, folder: Path) -> AbstractContextManager[Any]:
+def _wandb_run(config: Config, name: str, folder: Path) -> AbstractContextManager[Run]:
     tags = wandb_tags(config)
     return wandb_run(
         config.logger,
@@ -82,7 +85,7 @@ def wandb_tags(config: Config) -> list[str]:
 @contextmanager
 def wandb_run(
     settings: LoggerConfig, folder: Path, *, timeouts: Mapping[str, Any] | None = None, **arguments: Any
-) -> Iterator[Any]:
+) -> Iterator[Run]:
     """A W&B run, finished on leaving.
 
     Args:
@@ -139,7 +142,7 @@ def _starting() -> Iterator[None]:
         raise UserError(f"W&B did not start: {reason}; {MENDING}") from error
 
 
-def _tolerant_logger(run: Any) -> Logger:
+def _tolerant_logger(run: Run) -> Logger:
     """A W&B logger that lets an edit go on when W&B fails under way."""
     from lightning.pytorch.loggers import WandbLogger
 
@@ -153,9 +156,16 @@ def _tolerant_logger(run: Any) -> Logger:
     return Tolerant(experiment=run)
 
 
-def log_result(logger: Any, comparison: Any, metrics: dict[str, Any]) -> None:
-    """Send an edit's final picture and numbers to W&B; other loggers have had all of theirs."""
-    if hasattr(logger, "log_image"):
+def log_result(logger: Logger | None, comparison: Image, metrics: Json) -> None:
+    """Send an edit's final picture and numbers to W&B; other loggers have had all of theirs.
+
+    Args:
+        comparison: as of `output.comparison`.
+        metrics: as of `output.metrics`.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
+    if isinstance(logger, WandbLogger):
         logger.log_image("comparison", [comparison])
         logger.log_metrics({"steps": metrics["steps"]})
         if after := [point["distance_after_px"] for point in metrics["points"] if "distance_after_px" in point]:

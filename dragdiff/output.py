@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dragdiff.aliases import Json
 from dragdiff.config import Config, to_yaml
 from dragdiff.errors import UserError
 
@@ -83,7 +84,11 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def save(result: EditResult, folder: Path) -> list[Path]:
-    """Write `edited.png`, `comparison.png`, `trajectory.gif`, `metrics.json`, `config.yaml`; returns their paths."""
+    """Write an edit's files, each whole or not at all.
+
+    Returns:
+        Where they are: `edited.png`, `comparison.png`, `trajectory.gif`, `metrics.json`, `config.yaml`.
+    """
     with written(folder / "edited.png") as file:
         Image.fromarray(result.image).save(file)
     with written(folder / "comparison.png") as file:
@@ -97,8 +102,13 @@ def save(result: EditResult, folder: Path) -> list[Path]:
     return [folder / name for name in ("edited.png", "comparison.png", "trajectory.gif", "metrics.json", "config.yaml")]
 
 
-def metrics(result: EditResult) -> dict[str, Any]:
-    """Distances as tracked (px of the image), steps, stop reason, seconds per stage, peak memory."""
+def metrics(result: EditResult) -> Json:
+    """An edit's numbers.
+
+    Returns:
+        Of each pair its positions and distances as tracked (px of the image); steps, stop reason, seconds for each
+        stage, peak memory (MB).
+    """
     points = []
     for number, (handle, target) in enumerate(result.sample.points.tolist()):
         point = {"handle": handle, "target": target}
@@ -129,7 +139,11 @@ def comparison(result: EditResult) -> Image.Image:
 
 
 def animation(result: EditResult) -> list[Image.Image]:
-    """The source; previews and edited picture with the way that each handle has gone; the edited picture."""
+    """An edit's pictures in the order of time, of equal size.
+
+    Returns:
+        The source; previews and edited picture with the way that each handle has gone; the edited picture.
+    """
     scale = _scale(result.sample, least=SHOWN_SIDE, most=ANIMATED_SIDE)
     if result.trajectory is None:
         return [annotated(result.sample, scale=scale), _resized(result.image, scale)]
@@ -152,7 +166,11 @@ def frame(picture: np.ndarray, sample: EditSample, trajectory: np.ndarray) -> Im
 
 
 def annotated(sample: EditSample, *, scale: float = 1) -> Image.Image:
-    """The source with its fixed area dimmed and an arrow from each handle (red) to its target (blue)."""
+    """The source with its fixed area dimmed and an arrow from each handle (red) to its target (blue).
+
+    Args:
+        scale: by how much it is enlarged, < 1: made smaller.
+    """
     picture = _resized(sample.image, scale)
     if sample.mask is not None:
         dimmed = Image.blend(picture, Image.new("RGB", picture.size, DARK), 0.45)

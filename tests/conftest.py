@@ -13,6 +13,7 @@ from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
 
 TRACES = Path(__file__).parent / "data" / "traces"
+METHODS = Path(__file__).parent / "data" / "methods"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,7 +1,6 @@
 """Reference-latent control: what it computes, where and when, and that it leaves the model as it found it."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +9,13 @@ from conftest import TRACES
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from dragdiff.backbones.attention import layers_from, mutual_self_attention, recorded
+from dragdiff.backbones.attention import mutual_self_attention, recorded
+from dragdiff.backbones.diffusion import layers_from
 from dragdiff.config import load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.editor import Editor
 from dragdiff.errors import UserError
-from dragdiff.job import Request
 from dragdiff.modules import lora
-from dragdiff.modules.denoiser import Denoiser
 
 
 def random(*shape, seed=0):
@@ -91,17 +89,19 @@ class Watching:
 def test_recorded_calls_are_controlled_and_no_others(backbone, unet):
     """Of four denoising steps with start step 2, the published code takes over these (step, call of an attention)."""
     settings = ["ddim.steps=8", "ddim.strength=0.5", "control.start_layer='10'", "control.start_step=2"]
-    editor = Editor(load_config(overrides=["model.device=cpu", *settings]), backbone)
-    sample = EditSample(np.zeros((128, 128, 3), np.uint8), "", [[[9, 9], [20, 20]]])
+    quick = ["cache.enabled=false", "lora.steps=0", "drag.steps=1", "drag.lr=0.5", "output.frames_every=0"]
     before, calls = processors(unet), []
+
+    def report(stage, done, total, note):
+        if stage == "denoise" and done == 0:
+            calls.clear()
+
+    editor = Editor(load_config(overrides=["model.device=cpu", *settings, *quick]), backbone, report=report)
     for module in unet.modules():
         if hasattr(module, "processor"):
             module.set_processor(Watching(module.processor, calls))
     try:
-        edits, _ = editor._begin([Request(sample)], {}, {})
-        edits[0].drag = SimpleNamespace(latent=random(1, 4, 16, 16, seed=1))
-        denoiser = Denoiser(backbone, TEXT[None])
-        editor._denoise(edits, random(1, 4, 16, 16), denoiser, editor._scheduler(), [{}])
+        editor.edit(EditSample(np.zeros((128, 128, 3), np.uint8), "", [[[9, 9], [20, 20]]]))
     finally:
         for name, processor in before.items():
             unet.get_submodule(name).set_processor(processor)
@@ -112,11 +112,11 @@ def test_recorded_calls_are_controlled_and_no_others(backbone, unet):
     ):
         step, call = divmod(number, 32)
         context = calls[edited][2]
-        controlled = context is not None and context is not TEXT and context.shape[1] != 77
+        controlled = context is not None and context.shape[1] != 77
         assert calls[source][2] is None or calls[source][2].shape[1] == 77
         hits.append([step, call, int(controlled)])
         if controlled:
-            assert torch.equal(context, calls[source][1])
+            assert torch.equal(context, calls[source][1]) and not torch.equal(context, calls[edited][1])
     np.testing.assert_array_equal(hits, np.load(TRACES / "units.npz")["editor_hits"])
 
 
@@ -216,13 +216,13 @@ def test_gradient_reaches_the_source(unet, layers):
 def test_composes_with_a_lora(unet, layers):
     """Controlled with LoRA layers around the projections equals controlled with the LoRA merged into them."""
     rows = random(1, 4, 16, 16), random(1, 4, 16, 16, seed=1)
-    with lora.injected(unet, ("to_q", "to_k", "to_v", "to_out.0"), rank=4, alpha=4.0, seed=0):
-        weights = lora.parameters(unet)
+    beside = lora.trainable(unet, ("to_q", "to_k", "to_v", "to_out.0"), rank=4, alpha=4.0, seed=0, pictures=1)
+    with beside as ((weights,), current):
         with torch.no_grad():
             for index, (name, weight) in enumerate(weights.items()):
                 if name.endswith(lora.UP):
                     weight.copy_(0.05 * random(*weight.shape, seed=index))
-        adapter = lora.extract(weights, scale=1.0)
+        adapter = current(0)
         separate = controlled(unet, layers, *rows)
     with lora.merged(unet, adapter):
         merged = controlled(unet, layers, *rows)

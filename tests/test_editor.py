@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from dragdiff import Editor, EditResult, EditSample, Request
+from dragdiff.backbones import lora_file
 from dragdiff.backbones.loading import load_backbone
 from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
@@ -24,6 +25,7 @@ from dragdiff.editor import OneModel
 from dragdiff.errors import UserError
 from dragdiff.modules import lora
 from dragdiff.output import HANDLE
+from dragdiff.stages import sources
 
 QUICK = [
     "cache.enabled=false",
@@ -68,13 +70,13 @@ def pipeline(tiny_sd) -> Any:
 @pytest.fixture(scope="module")
 def adapter(pipeline, tmp_path_factory) -> str:
     """A LoRA that does something, as `lora.path`."""
-    with lora.injected(pipeline.unet, StableDiffusion.lora_targets, rank=2, alpha=2, seed=0):
-        weights = lora.parameters(pipeline.unet)
+    beside = lora.trainable(pipeline.unet, StableDiffusion.lora_targets, rank=2, alpha=2, seed=0, pictures=1)
+    with beside as ((weights,), current):
         for name, weight in weights.items():
             if "lora_B" in name:
                 weight.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-        trained = lora.extract(weights, scale=1.0)
-    return f"lora.path={lora.save(trained, tmp_path_factory.mktemp('lora')).parent}"
+        trained = current(0)
+    return f"lora.path={lora_file.save(trained, tmp_path_factory.mktemp('lora')).parent}"
 
 
 class State:
@@ -146,10 +148,10 @@ def test_the_state_would_show_a_change(pipeline):
     before.assert_same(State(pipeline))
 
 
-BESIDE = ["model.memory=low"]  # the LoRA is not merged
+LOW = ["model.memory=low"]  # activations are computed again
 
 
-@pytest.mark.parametrize("overrides", [[], BESIDE, GENERATED, [*GENERATED, "generate.scheduler=dpm++2m"]])
+@pytest.mark.parametrize("overrides", [[], LOW, GENERATED, [*GENERATED, "generate.scheduler=dpm++2m"]])
 def test_an_edit_leaves_the_pipeline_and_the_random_state_as_they_were(pipeline, adapter, overrides):
     before = State(pipeline)
     torch.manual_seed(1)
@@ -171,7 +173,7 @@ def test_an_edit_leaves_the_pipeline_and_the_random_state_as_they_were(pipeline,
         ([], "drag", ZeroDivisionError),
         ([], "drag", KeyboardInterrupt),
         ([], "denoise", ZeroDivisionError),
-        (BESIDE, "drag", ZeroDivisionError),
+        (LOW, "drag", ZeroDivisionError),
         (GENERATED, "generate", ZeroDivisionError),
         (GENERATED, "drag", ZeroDivisionError),
         (GENERATED, "denoise", KeyboardInterrupt),
@@ -206,7 +208,7 @@ def test_a_batch_leaves_the_pipeline_as_it_was(pipeline, stage):
 def test_a_lora_of_another_model_is_refused_and_the_pipeline_left_alone(pipeline, tmp_path):
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     other = lora.LoRA({path: torch.ones(2, 7)}, {path: torch.ones(7, 2)}, {path: 1.0})
-    lora.save(other, tmp_path)
+    lora_file.save(other, tmp_path)
     before = State(pipeline)
     with pytest.raises(UserError, match="another model"):
         edit(pipeline, f"lora.path={tmp_path}")
@@ -233,9 +235,13 @@ def test_that_takes_the_solvers_memory(backbone, monkeypatch):
     """A multistep solver restarted in the middle would give another picture."""
     overrides = ["generate.enabled=true", "generate.scheduler=dpm++2m", "drag.steps=0", "ddim.steps=6"]
     editor = Editor(load_config(overrides=[*QUICK, *overrides]), backbone)
-    generate = editor._generate
-    monkeypatch.setattr(editor, "_generate", lambda prompts: (*generate(prompts)[:2], editor._scheduler()))
     picture, _ = editor.generate(SAMPLE.prompt)
+    generated = sources.generated
+
+    def forgetful(job: Any) -> Any:
+        return *generated(job)[:2], backbone.scheduler(6, "dpm++2m")
+
+    monkeypatch.setattr(sources, "generated", forgetful)
     assert np.abs(editor.edit(SAMPLE).image.astype(int) - picture.astype(int)).max() > 1
 
 

@@ -17,7 +17,7 @@ from dragdiff.backbones.loading import EMBEDDED_MODEL
 from dragdiff.cli import main_edit
 from dragdiff.data.readers import read_sample
 from dragdiff.data.scenes import KINDS, make_scene
-from dragdiff.metrics.scenes import score
+from dragdiff.metrics.truth import score
 
 ROOT = Path(__file__).parents[1]
 

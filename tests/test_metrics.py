@@ -1,11 +1,15 @@
 """Means and intervals against closed forms and a plain bootstrap; scores and edits that need no model."""
 
+import re
+
 import numpy as np
 import pytest
+from conftest import METHODS
 
 from dragdiff import EditSample
 from dragdiff.metrics import accuracy, baselines, statistics
 
+GOODDRAG = np.load(METHODS / "gooddrag.npz")
 RNG = np.random.default_rng(1)
 VALUES = [RNG.exponential(10, RNG.integers(1, 5)) for _ in range(40)]
 
@@ -92,3 +96,19 @@ def test_dragging_accuracy():
         EditSample(source, "", pairs[:1]), baselines.copy_patch(EditSample(source, "", pairs[:1])), 1
     )
     assert perfect == [0]
+
+
+RECORDED = [found.groups() for key in GOODDRAG if (found := re.fullmatch(r"dai:(\w+):g(\d+)", key))]
+
+
+@pytest.mark.parametrize(("case", "radius"), RECORDED, ids=[f"gooddrag:dai:{case}:g{g}" for case, g in RECORDED])
+def test_accuracy_index_as_published(case, radius):
+    pairs, published = GOODDRAG[f"dai:{case}:points_xy"], GOODDRAG[f"dai:{case}:g{radius}"]
+    values = accuracy.patch_differences(GOODDRAG["dai:source"], GOODDRAG["dai:result"], pairs=pairs, radius=int(radius))
+    assert accuracy.accuracy_index(values, as_published=True) == pytest.approx(float(published), rel=2e-5)
+    assert accuracy.accuracy_index(values, as_published=False) == pytest.approx(len(pairs) * published, rel=2e-5)
+
+
+def test_accuracy_index():
+    assert accuracy.accuracy_index(np.array([1.0, 2.0, 6.0]), as_published=False) == 3
+    assert accuracy.accuracy_index(np.array([1.0, 2.0, 6.0]), as_published=True) == 1

@@ -1,17 +1,36 @@
 """Motion supervision and point tracking: against recorded cases, and against loops written from the formulas."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TRACES
+from conftest import METHODS, TRACES
 
 from dragdiff.modules import motion, tracking
 from dragdiff.modules.features import FeatureMap
 
 UNITS = np.load(TRACES / "units.npz")
+GOODDRAG = np.load(METHODS / "gooddrag.npz")
+
+
+def recorded(pattern):
+    """Parameters of a test: what a pattern finds in the keys of GoodDrag's cases, with the method's name as id."""
+    found = [match.groups() for key in GOODDRAG if (match := re.fullmatch(pattern, key))]
+    assert found
+    return [pytest.param(*groups, id=f"gooddrag:{pattern.split(':')[0]}:{groups[0]}") for groups in found]
+
+
+def gooddrag_features():
+    """Those of the unedited latent, and those of a later one."""
+    values = [torch.from_numpy(GOODDRAG[f"loss:F{i}"]) for i in (0, 1)]
+    return [FeatureMap([each], tuple(each.shape[2:])) for each in values]
+
+
+def positions(key):
+    return torch.from_numpy(GOODDRAG[key]).float()
 
 
 def features(*shape, grid=None, seed=0):
@@ -60,6 +79,14 @@ def test_recorded_tracking():
     for expected in UNITS["pt_out_seq"]:  # each round starts where the one before ended
         handles = tracking.nearest(now, templates=templates, handles=handles, radius=3)
         np.testing.assert_array_equal(handles, expected)
+
+
+@pytest.mark.parametrize(("case", "radius"), recorded(r"track:(\w+):tracked_r2_(\d+)"))
+def test_recorded_tracking_of_gooddrag(case, radius):
+    first, now = gooddrag_features()
+    templates = first.at(positions(f"track:{case}:initial"))
+    moved = tracking.nearest(now, templates=templates, handles=positions(f"track:{case}:handles"), radius=int(radius))
+    np.testing.assert_array_equal(moved, GOODDRAG[f"track:{case}:tracked_r2_{radius}"])
 
 
 def test_ties_go_to_the_first_in_row_major_order():
@@ -191,6 +218,108 @@ def test_the_pull_moves_content_towards_the_target():
     assert values.grad.count_nonzero() == 1  # the patch that it comes from is not pulled back
 
 
+def test_what_others_compare_with_is_no_matter_to_one_step():
+    feature_map, handles, targets = features(5, 9, 7), torch.tensor([[5.0, 5.0]]), torch.tensor([[1.0, 2.0]])
+    arguments = {"handles": handles, "targets": targets, "radius": 1, "stop_distance": 2.0}
+    other = features(5, 9, 7, seed=1)
+    assert motion.one_step(feature_map, **arguments, reference=other, initial=targets) == motion.one_step(
+        feature_map, **arguments
+    )
+
+
+def pulled(feature_map, reference, handles, initial, targets, *, radius=1, stop_distance=2.0, reach=4.0):
+    return motion.to_initial(
+        feature_map,
+        reference=reference,
+        handles=torch.as_tensor(handles).float(),
+        initial=torch.as_tensor(initial).float(),
+        targets=torch.as_tensor(targets).float(),
+        radius=radius,
+        stop_distance=stop_distance,
+        reach=reach,
+    )
+
+
+@pytest.mark.parametrize("case", recorded(r"loss:(\w+):drag_loss"))
+def test_recorded_pull_to_the_initial_patch(case):
+    first, now = gooddrag_features()
+    for feature_map in (first, now):
+        feature_map.maps[0].requires_grad_()
+    places = [positions(f"loss:{case}:{key}") for key in ("handles", "initial", "targets")]
+    loss = pulled(now, first, *places, radius=4)
+    assert loss.item() == pytest.approx(float(GOODDRAG[f"loss:{case}:drag_loss"]), rel=2e-5)
+    loss.backward()
+    expected = GOODDRAG.get(f"loss:{case}:grad_F1", np.zeros(now.maps[0].shape))  # none where all have arrived
+    np.testing.assert_allclose(now.maps[0].grad, expected, rtol=0, atol=2e-5)
+    assert first.maps[0].grad is None
+
+
+def pull_by_loop(feature_map, reference, handles, initial, targets, radius, stop_distance, reach):
+    values, templates, total = resized(feature_map), resized(reference), torch.zeros(())
+    (height, width), offsets = feature_map.grid, range(-radius, radius + 1)
+    for handle, start, target in zip(handles, initial, targets, strict=True):
+        distance = np.hypot(target[0] - handle[0], target[1] - handle[1])
+        if distance < stop_distance or distance == 0:
+            continue
+        shift = [(target[i] - handle[i]) / distance * min(reach, distance) for i in range(2)]
+        terms = [
+            (templates[:, start[0] + r, start[1] + c] - bilinear(values, *ahead)).abs()
+            for r in offsets
+            for c in offsets
+            if 0 <= start[0] + r < height and 0 <= start[1] + c < width
+            if 0 <= handle[0] + r < height and 0 <= handle[1] + c < width
+            for ahead in [(handle[0] + r + shift[0], handle[1] + c + shift[1])]
+        ]
+        total = total + (2 * radius) ** 2 * torch.stack(terms).mean()
+    return total
+
+
+@pytest.mark.parametrize("radius", [1, 2, 4])
+@pytest.mark.parametrize("grid", [(20, 15), (5, 9), (9, 7)])
+def test_to_initial_equals_a_loop(grid, radius):
+    """Also at borders, where the recorded code fails: on either side of the patch, and for what lies ahead."""
+    (bottom, right), reference = (size - 1 for size in grid), features(5, 9, 7, grid=grid, seed=1)
+    handles = [[0, 0], [bottom, right], [3, 4], [0, right], [bottom, 3], [2, 2]]
+    initial = [[1, 0], [0, right], [4, 4], [bottom, 0], [bottom, 3], [2, 2]]
+    targets = [[bottom, right], [0, 0], [1, 1], [4, right], [bottom, 1], [3, 2]]
+    losses, gradients = [], []
+    for function in (pulled, pull_by_loop):
+        feature_map = features(5, 9, 7, grid=grid)
+        feature_map.maps[0].requires_grad_()
+        loss = function(feature_map, reference, handles, initial, targets, radius=radius, stop_distance=2.0, reach=3.3)
+        loss.backward()
+        losses.append(loss)
+        gradients.append(feature_map.maps[0].grad)
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[0] > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_patch_ahead_lies_at_the_target_where_that_is_within_reach():
+    """It is what was at the initial handle, wherever the handle is: then nothing is left to pull."""
+    values = features(5, 20, 20).maps[0]
+    moved = values.roll((3, 4), dims=(2, 3))  # what was at (5, 6) is at (8, 10)
+    now, first = FeatureMap([moved], (20, 20)), FeatureMap([values], (20, 20))
+    for handle, target in (([8, 7], [8, 10]), ([11, 10], [8, 10]), ([8, 6], [8, 16])):  # the last: reach 4
+        assert pulled(now, first, [handle], [[5, 6]], [target], reach=4.0) == pytest.approx(0, abs=1e-4)
+        assert pulled(now, first, [handle], [[5, 7]], [target], reach=4.0) > 1
+        assert pulled(now, first, [handle], [[5, 6]], [target], reach=2.0) > 1
+
+
+def test_handles_that_have_arrived_are_not_pulled_to_their_initial_patch():
+    now, first = features(5, 20, 20), features(5, 20, 20, seed=1)
+
+    def loss(*pairs, **settings):
+        handles, targets = torch.tensor(pairs).unbind(1)
+        return pulled(now, first, handles, handles, targets, **settings).item()
+
+    far, near, there = ([5, 5], [5, 9]), ([9, 9], [10, 10]), ([3, 3], [3, 3])
+    assert loss(near) == loss(there) == loss(there, stop_distance=0.0) == 0
+    assert loss(far, near) == loss(far) > 0
+    assert loss(([12, 12], [12, 14])) > 0  # at the limit
+    assert loss(near, stop_distance=1.0) > 0
+
+
 def test_distances():
     found = motion.distances(torch.tensor([[0.0, 0.0], [2.0, 2.0]]), torch.tensor([[3.0, 4.0], [2.0, 2.0]]))
     assert found.tolist() == [5, 0]
@@ -208,3 +337,10 @@ def test_mask_term_is_a_sum_where_nothing_may_change():
     )
     assert motion.mask_term(now, before, keep=keep).item() == pytest.approx(expected, rel=1e-5)
     assert motion.mask_term(now, now, keep=keep) == 0
+
+
+@pytest.mark.parametrize(("case", "weight"), recorded(r"mask:(loss)_lam([\d.]+)"))
+def test_recorded_mask_term_of_gooddrag(case, weight):
+    now, before, mask = (torch.from_numpy(GOODDRAG[f"mask:{key}"]) for key in ("x", "x0", "mask"))
+    expected = float(GOODDRAG[f"mask:{case}_lam{weight}"])
+    assert float(weight) * motion.mask_term(now, before, keep=1 - mask).item() == pytest.approx(expected, rel=2e-5)

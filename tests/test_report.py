@@ -25,7 +25,7 @@ from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
 from dragdiff.metrics.statistics import mean_over_images, mean_over_pairs, paired_difference
 from dragdiff.metrics.suite import metric_key
-from dragdiff.study import plots
+from dragdiff.study import plots, sheets
 from dragdiff.study.plan import expand
 from dragdiff.study.report import text
 from dragdiff.study.store import Store
@@ -358,7 +358,7 @@ def means_of(path):
 
 def sheet_of(path, columns=("distance", "psnr_outside")):
     data, means = means_of(path)
-    figure = plots.metric_sheet(data.plan, means, columns)
+    figure = sheets.metric_sheet(data.plan, means, columns)
     figure.draw_without_rendering()
     return data, means, figure
 
@@ -442,10 +442,10 @@ def test_heat_map_of_two_parameters(tmp_path):
 )
 def test_labels_do_not_overlap(variants, tmp_path):
     path = study_file(tmp_path, reference=None, **variants)
-    data, means = means_of(path)
-    crowd = {
-        key: row._replace(value=30 + index / 100, low=29, high=31) for index, (key, row) in enumerate(means.items())
-    }
+    data, _ = means_of(path)
+    table = summary(data)
+    table = table.assign(value=30 + np.arange(len(table)) / 100, low=29, high=31)
+    crowd = {(row.variant, row.column): row for row in table.itertuples()}
     figure = plots.fidelity_by_distance(data, crowd)
     figure.draw_without_rendering()
     boxes = [Text.get_window_extent(note) for note in figure.axes[0].texts]

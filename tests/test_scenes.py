@@ -7,7 +7,7 @@ import pytest
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from dragdiff.data.scenes import KINDS, RENDERERS, caption, make_scene, moved, render, sample_parameters
-from dragdiff.metrics.scenes import measured_displacement, psnr, score, ssim
+from dragdiff.metrics.truth import measured_displacement, psnr, score, ssim
 
 ALL = [(kind, seed) for kind in KINDS for seed in (0, 1, 2)]
 

@@ -11,8 +11,8 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future
+from contextlib import closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +27,7 @@ from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import make_scene
 from dragdiff.editor import Editor
+from dragdiff.errors import DeviceLost, WorkerDied
 from dragdiff.modules.lora import LoRA
 from dragdiff.study import executors, runner
 from dragdiff.study.plan import BASELINES, Plan, determinants, expand
@@ -744,15 +745,15 @@ def test_order_and_number_of_workers_make_no_difference(file, tmp_path, monkeypa
 
 
 class Fragile:
-    """A place whose worker dies at the given calls."""
+    """A worker that dies at the given calls."""
 
     def __init__(self, study, deaths):
-        self.place, self.deaths = executors.Here(study), deaths
+        self.place, self.deaths = executors.InProcess(study), deaths
 
     def submit(self, method, *arguments):
         if method == "run" and self.deaths and self.deaths.pop(0):
             future = Future()
-            future.set_exception(executors.WorkerDied("gone"))
+            future.set_exception(WorkerDied("gone"))
             return future
         return self.place.submit(method, *arguments)
 
@@ -767,21 +768,21 @@ def test_workers_that_die_as_they_start_are_given_up(file, monkeypatch, capsys):
         def submit(self, method, *arguments):
             future = Future()
             if method == "ping" and next(pings):
-                future.set_exception(executors.WorkerDied("gone"))
+                future.set_exception(WorkerDied("gone"))
                 return future
             return super().submit(method, *arguments)
 
     pings = itertools.count()  # the first worker's is answered
     places = nullcontext((3, lambda number: Stillborn(number, [])))
-    monkeypatch.setattr(runner, "open_places", lambda study: places)
-    original = executors.Here
-    monkeypatch.setattr(executors, "Here", lambda number: original(load_study(file())))
+    monkeypatch.setattr(runner, "open_workers", lambda study: places)
+    original = executors.InProcess
+    monkeypatch.setattr(executors, "InProcess", lambda number: original(load_study(file())))
     assert cli.main(["study", str(file())]) == 0
     assert "9 done now" in capsys.readouterr().out
 
     pings = itertools.count()
     dying = nullcontext((1, lambda number: Stillborn(number, [0, 1])))
-    monkeypatch.setattr(runner, "open_places", lambda study: dying)
+    monkeypatch.setattr(runner, "open_workers", lambda study: dying)
     path = file("other", grid={"drag.lr": [0.2]})
     assert "every worker died as it started" in refused_late(capsys, path)
     pings = itertools.count(1)
@@ -793,7 +794,7 @@ def test_workers_that_die_as_they_start_are_given_up(file, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("deaths", "failed"), [([1, 0, 1], 0), ([1, 1, 0], 0), ([0, 1, 1, 1], 1)])
 def test_edit_of_a_dead_worker_is_done_by_another(deaths, failed, file, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "open_places", lambda study: nullcontext((1, lambda number: Fragile(study, deaths))))
+    monkeypatch.setattr(runner, "open_workers", lambda study: nullcontext((1, lambda number: Fragile(study, deaths))))
     assert cli.main(["study", str(file())]) == (1 if failed else 0)
     said = capsys.readouterr().out
     assert f"{9 - failed} done now, 0 found done, {failed} failed of 9" in said
@@ -842,7 +843,7 @@ def test_a_worker_whose_gpu_is_gone_dies_as_it_starts(file, monkeypatch, error):
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    with pytest.raises(executors.DeviceLost, match=str(error)):
+    with pytest.raises(DeviceLost, match=str(error)):
         Worker(load_study(file()), "cuda:1").ping()
     Worker(load_study(file())).ping()
 
@@ -875,15 +876,10 @@ def test_a_worker_takes_as_many_edits_as_the_most_that_one_needed_lets(file, mon
     assert fixed._room == 2
 
 
-def test_a_process_whose_gpu_is_lost_counts_as_dead(monkeypatch):
-    class Lost:
-        def run(self, tasks):
-            raise executors.DeviceLost("the GPU has stopped working")
-
-    monkeypatch.setattr(executors, "_worker", Lost())
-    place = executors.Process.__new__(executors.Process)
-    with ThreadPoolExecutor(1) as place._pool, pytest.raises(executors.WorkerDied, match="has stopped working"):
-        place.submit("run", []).result()
+def test_a_process_whose_gpu_is_lost_counts_as_dead(file):
+    worker = executors.SubProcess(load_study(file()), "cuda:99")
+    with closing(worker), pytest.raises(WorkerDied, match="the GPU has stopped working"):
+        worker.submit("ping").result()
 
 
 def test_no_two_workers_are_at_the_same_picture(file, tmp_path):

@@ -10,10 +10,11 @@ from wandb import wandb_agent
 from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
 
 from dragdiff import cli
-from dragdiff.config import load_config, load_study, walk
+from dragdiff.config import load_config, load_study
 from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
+from dragdiff.options import walk
 from dragdiff.study.plan import config_of, read_subjects, variants_of
 from dragdiff.study.sweep import sweep
 

@@ -23,12 +23,15 @@ from PIL import Image
 from torch import Tensor
 
 from dragdiff import Editor, EditSample
+from dragdiff.backbones.diffusion import Condition
+from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.callbacks import DragCallback
 from dragdiff.config import load_config
 from dragdiff.job import EditResult
-from dragdiff.models.point_drag import Drag, LatentDrag
+from dragdiff.models.point_drag import Drag, PointDrag
 from dragdiff.modules import ddim, lora, motion, tracking
 from dragdiff.modules.features import FeatureMap, forward_with_features
+from dragdiff.stages import sources
 
 # What rounding may change: another processor or version of a library, fused instead of plain attention.
 FORWARD = 5e-5
@@ -69,7 +72,7 @@ class Recorder(DragCallback):
         final: put in the dragged latent's place at the end.
     """
 
-    def __init__(self, plain: Backbone | None = None, final: Tensor | None = None) -> None:
+    def __init__(self, plain: StableDiffusion | None = None, final: Tensor | None = None) -> None:
         self.final = final
         self.plain = plain_attention(plain) if plain else nullcontext()
         self.handles: list[Tensor] = []
@@ -77,25 +80,25 @@ class Recorder(DragCallback):
         self.gradients: list[Tensor] = []
         self.latents: list[Tensor] = []
 
-    def on_train_start(self, trainer: L.Trainer, module: LatentDrag) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: PointDrag) -> None:
         self.module = module
         self.plain.__enter__()
 
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
         self.drag = drag
-        self.handles.append(drag.handles.clone())
+        self.handles.append(drag.points.handles.clone())
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: LatentDrag, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: PointDrag, *_: object) -> None:
         if self.drag.steps_done > len(self.latents):
             self.losses.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-            self.gradients.append(self.drag.latent.grad.clone())
-            self.latents.append(self.drag.latent.detach().clone())
+            self.gradients.append(self.drag.value.grad.clone())
+            self.latents.append(self.drag.value.detach().clone())
 
     @torch.no_grad()
-    def on_train_end(self, trainer: L.Trainer, module: LatentDrag) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: PointDrag) -> None:
         self.plain.__exit__(None, None, None)
         if self.final is not None:
-            self.drag.latent.copy_(self.final)
+            self.drag.value.copy_(self.final)
 
 
 @dataclass
@@ -109,7 +112,7 @@ class Replay:
     sample: EditSample
     result: EditResult
     recorder: Recorder
-    embeddings: Tensor
+    condition: Condition
     path: list[Tensor]  # latents of the inversion, or of the generation
     denoising: tuple[list[Tensor], list[Tensor]]  # latents of the source and of the edited branch
 
@@ -129,7 +132,7 @@ class Replay:
     @property
     def source(self) -> Tensor:
         """The recorded latent at the drag's timestep."""
-        steps = self.editor.drag_steps_of_schedule
+        steps = self.editor.config.ddim.taken
         index = 50 - steps if self.settings.get("gen") else steps
         return recorded(self.trace, "path", index)
 
@@ -162,19 +165,26 @@ def spy(patch: pytest.MonkeyPatch, owner: object, name: str, instead: Callable[[
     return results
 
 
-def spy_paths(patch: pytest.MonkeyPatch) -> list[list[Tensor]]:
-    """Keep the latents of each denoising, in the order in which they begin."""
-    paths, original = [], ddim.path_down
+def spy_denoising(patch: pytest.MonkeyPatch, backbone: StableDiffusion) -> tuple[list[Tensor], list[Tensor]]:
+    """Keep the latents of the source and of the edited branch on their way down, in that order."""
+    source, edited, seen = [], [], []
+    down, predict = sources.Step.down, backbone.predict
 
-    def call(predict, latent, **settings):
-        path = [latent]
-        paths.append(path)
-        for lower in original(predict, latent, **settings):
-            path.append(lower)
-            yield lower
+    def predicted(latents, *args):
+        seen.append(latents[:1])  # with guidance the same twice
+        return predict(latents, *args)
 
-    patch.setattr(ddim, "path_down", call)
-    return paths
+    def call(step, latents, **settings):
+        if source:
+            del source[-1]
+        source.extend([seen[-1], step.reference.below])  # whose forward comes before; the next one's is as good
+        lower = down(step, latents, **settings)
+        edited.extend([lower] if edited else [latents, lower])
+        return lower
+
+    patch.setattr(backbone, "predict", predicted)
+    patch.setattr(sources.Step, "down", call)
+    return source, edited
 
 
 def case_of(case: str, tiny_sd: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], EditSample, list[str]]:
@@ -220,12 +230,13 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
     case = request.param
     trace, settings, sample, overrides = case_of(case, tiny_sd)
     editor = Editor(load_config(overrides=overrides), backbone)
-    steps = editor.drag_steps_of_schedule
+    steps = editor.config.ddim.taken
     index = 50 - steps if settings.get("gen") else steps
     start = recorded(trace, "path", index)
 
-    def with_recorded_embedding(embeddings: Tensor) -> Tensor:
-        return torch.from_numpy(load("gen256")["embedding"])[-len(embeddings) :]
+    def with_recorded_embedding(condition: Condition) -> Condition:
+        (embeddings,) = condition.values()
+        return dict.fromkeys(condition, torch.from_numpy(load("gen256")["embedding"])[-len(embeddings) :])
 
     def with_recorded_start(path: list[Tensor]) -> list[Tensor]:
         return [*path[:index], start, *path[index + 1 :]]
@@ -236,10 +247,10 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
     final = recorded(trace, "latent", trace["drag_steps_done"] - 1) if flips else None
     recorder = Recorder(backbone, final)
     with pytest.MonkeyPatch.context() as patch:
-        embedded = spy(patch, backbone, "embed", with_recorded_embedding)
+        conditions = spy(patch, backbone, "condition", with_recorded_embedding)
         inverted = spy(patch, ddim, "invert", with_recorded_start)
-        generated = spy(patch, editor, "_generate", lambda made: (made[0], with_recorded_start(made[1]), made[2]))
-        down = spy_paths(patch)  # the generation's, if any, the edited latent's, the source's
+        generated = spy(patch, sources, "generated", lambda made: (made[0], with_recorded_start(made[1]), made[2]))
+        source, edited = spy_denoising(patch, backbone)
         result = editor.edit(sample, callbacks=[recorder])
     yield Replay(
         case=case,
@@ -249,14 +260,14 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
         sample=sample,
         result=result,
         recorder=recorder,
-        embeddings=embedded[-1],
+        condition=conditions[-1],
         path=inverted[0] if inverted else generated[0][1],
-        denoising=(down[-1], down[-2]),
+        denoising=(source, edited),
     )
 
 
 @contextmanager
-def plain_attention(backbone: Backbone) -> Iterator[None]:
+def plain_attention(backbone: StableDiffusion) -> Iterator[None]:
     """The published code's own arithmetic, instead of torch's fused kernel."""
     fused = dict(backbone.network.attn_processors)
     backbone.network.set_attn_processor(AttnProcessor())
@@ -275,10 +286,8 @@ def near(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray, tolerance: 
 
 def test_text_embedding(replay):
     negative, prompt = load("gen256")["embedding"]
-    if replay.case == "gen256":
-        near(replay.embeddings, np.stack([negative, prompt]), FORWARD)
-    else:
-        near(replay.embeddings, prompt[None], FORWARD)
+    (embeddings,) = replay.condition.values()
+    near(embeddings, np.stack([negative, prompt]) if replay.case == "gen256" else prompt[None], FORWARD)
 
 
 def test_way_to_the_drags_latent(replay):
@@ -299,8 +308,8 @@ def test_source_picture(replay):
 
 def test_points_and_mask(replay):
     trace, drag = replay.trace, replay.drag
-    np.testing.assert_array_equal(drag.initial_handles, trace["handle0"])
-    np.testing.assert_array_equal(drag.targets, trace["target"])
+    np.testing.assert_array_equal(drag.points.initial, trace["handle0"])
+    np.testing.assert_array_equal(drag.points.targets, trace["target"])
     if replay.case == "nomask256":
         assert drag.mask is None
     else:
@@ -312,10 +321,11 @@ def test_first_forward(replay, attention):
     """Output and features of the recorded latent, and the latent one step down, with either kind of attention."""
     trace, backbone = replay.trace, replay.editor.backbone
     blocks = [backbone.feature_block(name) for name in replay.editor.config.drag.features]
-    rows = replay.source.expand(len(replay.embeddings), -1, -1, -1)
+    (embeddings,) = replay.condition.values()
+    rows = replay.source.expand(len(embeddings), -1, -1, -1)
     with torch.no_grad(), replay.model(), plain_attention(backbone) if attention == "plain" else nullcontext():
         output, (features,) = forward_with_features(
-            lambda: backbone.predict(rows, replay.t, replay.embeddings), blocks, need_output=True
+            lambda: backbone.predict(rows, replay.t, replay.condition), blocks, need_output=True
         )
         guided, _ = replay.probe(replay.source)
     near(output, trace["unet_out_0"], FORWARD)
@@ -371,7 +381,7 @@ def test_each_step_from_its_recorded_state(replay):
         if drag.mask is not None:
             mask = drag.mask
             previous = ddim.move(
-                latent, output, alpha=mask.alpha, alpha_to=mask.alpha_before, prediction_type=mask.prediction_type
+                latent, output, alpha=mask.alpha, alpha_to=mask.alpha_below, prediction_type=mask.prediction_type
             )
             initial = torch.from_numpy(trace["x_prev_0"]) if step else previous.detach()
             assert (previous - initial).abs().max().item() == pytest.approx(
@@ -434,7 +444,7 @@ def test_end_of_the_drag(replay):
     trace, result = replay.trace, replay.result
     assert result.steps == trace["drag_steps_done"]
     assert result.stop_reason == ("reached" if replay.case == "skip_break256" else "steps")
-    np.testing.assert_array_equal(replay.drag.handles, trace["handles_final"])
+    np.testing.assert_array_equal(replay.drag.points.handles, trace["handles_final"])
 
 
 # --- after the drag -----------------------------------------------------------------------------------------
@@ -442,7 +452,7 @@ def test_end_of_the_drag(replay):
 
 def test_denoising_of_both_branches(replay):
     trace, (source, edited), free = replay.trace, replay.denoising, open_signs(replay)
-    assert len(source) == len(edited) == replay.editor.drag_steps_of_schedule + 1 == trace["denoise_idx"][-1] + 1
+    assert len(source) == len(edited) == replay.editor.config.ddim.taken + 1 == trace["denoise_idx"][-1] + 1
     for place, index in enumerate(trace["denoise_idx"]):
         tolerance = FINAL if index else LATENT
         near(source[index][0], trace["denoise_ref"][place], tolerance)
@@ -471,6 +481,6 @@ def test_edit_as_users_run_it(case, backbone, tiny_sd):
     result = Editor(load_config(overrides=overrides), backbone).edit(sample, callbacks=[recorder])
     for step in trace["latent_idx"]:
         near(recorder.latents[step], recorded(trace, "latent", step), LATENT)
-    np.testing.assert_array_equal(recorder.drag.handles, trace["handles_final"])
+    np.testing.assert_array_equal(recorder.drag.points.handles, trace["handles_final"])
     step = int(trace["picture_step"])
     same_picture(result.image[::step, ::step], trace["picture"])

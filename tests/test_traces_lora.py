@@ -10,16 +10,17 @@ from conftest import TRACES
 from PIL import Image
 from safetensors.torch import load_file
 
-import dragdiff.stages
 from dragdiff import Editor, EditSample
+from dragdiff.backbones import lora_file
 from dragdiff.config import load_config
 from dragdiff.models.lora_finetune import LoRAFinetune, Noise
 from dragdiff.modules import lora
 from dragdiff.modules.images import to_tensor
+from dragdiff.stages import adapters
 
 STEPS, BATCH, RANK, LR = 5, 4, 16, 5e-4
 PROMPT = "a photo of a red circle on the hill"
-FILE = TRACES / "lora_bs4" / lora.FILE_NAME  # as the published code saved it
+FILE = TRACES / "lora_bs4" / lora_file.FILE_NAME  # as the published code saved it
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def trace() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def final() -> lora.LoRA:
-    return lora.load(FILE)
+    return lora_file.load(FILE)
 
 
 def random_numbers(trace: dict[str, np.ndarray], final: lora.LoRA) -> tuple[dict[str, torch.Tensor], list[Noise]]:
@@ -91,7 +92,7 @@ class Watch(L.Callback):
 def training(backbone, tiny_sd, trace, final) -> Iterator[tuple[Watch, lora.LoRA]]:
     initial, draws = random_numbers(trace, final)
     watch = Watch(initial)
-    fit = dragdiff.stages.fit
+    fit = adapters.fit
     overrides = [
         f"model.path={tiny_sd}",
         "model.device=cpu",
@@ -103,10 +104,8 @@ def training(backbone, tiny_sd, trace, final) -> Iterator[tuple[Watch, lora.LoRA
     ]
     sample = EditSample(np.asarray(Image.open(TRACES / "scene512.png")), PROMPT, [[[9, 9], [20, 9]]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dragdiff.stages, "seeded_noise", lambda **_: draws.__getitem__)
-        patch.setattr(
-            dragdiff.stages, "fit", lambda *args, callbacks, **kw: fit(*args, callbacks=[*callbacks, watch], **kw)
-        )
+        patch.setattr(adapters, "seeded_noise", lambda **_: draws.__getitem__)
+        patch.setattr(adapters, "fit", lambda *args, callbacks, **kw: fit(*args, callbacks=[*callbacks, watch], **kw))
         yield watch, Editor(load_config(overrides=overrides), backbone).finetune(sample)
 
 

@@ -55,6 +55,8 @@ class Compilation:
             if error <= TOLERANCE[self.network.dtype]:
                 return {module: vars(module)[COMPILED] for module in before if vars(module).get(COMPILED)}
             reason = f"the compiled network's gradient is off by {error:.2g} of its size"
+        except torch.OutOfMemoryError:  # no fault of the compiler
+            raise
         except Exception as error:  # a compiler's errors have no common base
             reason = f"the network can't be compiled here ({one_line(error)})"
         finally:

@@ -18,16 +18,16 @@ import pickle
 import pickletools
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from dragdiff.aliases import Json
 from dragdiff.data.safe_pickle import PickledArray, load_pickle
 from dragdiff.data.sample import EditSample, FilePath, load_image, load_mask
 from dragdiff.errors import UserError
@@ -260,7 +260,7 @@ def _new_folder(path: FilePath) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _pickled(meta: dict[str, Any]) -> bytes:
+def _pickled(meta: Mapping[str, object]) -> bytes:
     """Pickle a dict with one array by the name of its module in numpy 1, which numpy 2 understands as well."""
     data = pickle.dumps(meta, 2)  # later protocols write names with their lengths
     for instruction, name, start in pickletools.genops(data):
@@ -283,7 +283,7 @@ def _sample(folder: Path, image: NDArray, prompt: str, points: ArrayLike | list,
         raise UserError(f"{folder}: {error}") from error
 
 
-def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+def _read_json(path: Path, *keys: str) -> Json:
     """The object in a JSON file, which must have these keys."""
     try:
         content = json.loads(path.read_text("utf-8-sig"))

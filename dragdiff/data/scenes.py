@@ -261,7 +261,11 @@ def render(family: str, parameters: Parameters, size: int = UNIT) -> Array:
 
 
 def sample_parameters(family: str, rng: np.random.Generator, n: int) -> Parameters:
-    """Draw the parameters of n scenes of a family."""
+    """Draw the parameters of n scenes of a family.
+
+    Returns:
+        By name, (n,) each: positions and sizes in px of the 64 px picture, colours as places in their lists.
+    """
 
     def uniform(low: float, high: float) -> Array:
         return rng.uniform(low, high, n).astype(np.float32)
@@ -310,7 +314,11 @@ def _a(noun: str) -> str:
 
 
 def caption(family: str, parameters: Parameters, index: int = 0) -> str:
-    """The prompt of scene `index`: names the parts and their colours, never where they are."""
+    """The prompt of scene `index`.
+
+    Returns:
+        The parts and their colours by name; never where they are.
+    """
     p = {name: values[index] for name, values in parameters.items()}
     if family == "landscape":
         time = tuple(SKIES)[p["time"]]
@@ -343,7 +351,11 @@ def moved(kind: str, parameters: Parameters, displacement: Array) -> Parameters:
 
 
 def part_coverage(kind: str, parameters: Parameters, size: int = UNIT) -> Array:
-    """Where the moving part of each scene is, (n, size, size) bool."""
+    """Where the moving part of each scene is.
+
+    Returns:
+        (n, size, size) bool.
+    """
     x, y = _grid(size)
     distance = _disc(parameters, x, y, "sun") if kind == "sun" else np.minimum(*_tower(parameters, x, y))
     return distance < 0

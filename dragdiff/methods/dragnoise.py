@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dragdiff import modules, stages
 from dragdiff.methods.method import DECODING, DRAG_STEP, Method, Stage, guidance_rows, origin_stages
-from dragdiff.options import at_least, option
+from dragdiff.options import at_least, one_of, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,10 +24,17 @@ class Settings:
     end_step: int = option(
         0, "last steps of the schedule in which the network is left alone (the code: 0; the paper: some)", at_least(0)
     )
+    empty_mask: str = option(
+        "nothing",
+        "what the mask term penalises where there is no mask: nothing, or (the published code) every change",
+        one_of("nothing", "everything"),
+    )
 
 
 def run(job: Job) -> list[np.ndarray]:
     """Optimise what the network's bottleneck gives at the top level, and let it give that in the steps below, too."""
+    if job.config.own.empty_mask == "everything":
+        stages.fix_unmasked(job)
     with stages.adapted(job, stages.finetune(job)):
         source = stages.source(job)
         start = stages.bottleneck(job, source.top, source.latents())

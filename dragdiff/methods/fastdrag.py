@@ -49,10 +49,11 @@ def run(job: Job) -> list[np.ndarray]:
 
 def warped(job: Job, edit: Edit, latent: Tensor) -> Tensor:
     """A latent (C, h, w) with its content moved as the edit's points say."""
-    warp, settings, points, mask = modules.warp, job.config.own, edit.points, edit.working.mask
-    if mask is None:
+    warp, settings, points = modules.warp, job.config.own, edit.points
+    if edit.working.mask is None:
         warnings.warn("without a mask the whole picture is stretched: paint what should move with it", stacklevel=2)
-    region = warp.region_of(mask, grid=points.grid, latent_size=latent.shape[1:]).to(latent.device)
+    size = job.model.latent_size(*edit.working.image.shape[:2])
+    region = warp.region_of(edit.working.mask, grid=points.grid, latent_size=size).to(latent.device)
     unit = 1 / (job.model.latent_stride * edit.config.drag.grid_scale)  # latent px per grid px
     displacement = warp.stretch(points.initial * unit, points.targets * unit, region, blend=settings.blend)
     moved, holes = warp.relocate(latent, region, displacement)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dragdiff import modules, stages
 from dragdiff.methods.method import DRAG_STEP, Method, Stage, denoising_stages, guidance_rows, origin_stages
-from dragdiff.options import at_least, more_than, option
+from dragdiff.options import at_least, more_than, one_of, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,11 @@ class Settings:
         5, "trackings in a row, over all levels, that move no handle: then the drag is over (the demo: 10)", at_least(1)
     )
     reach: float = option(4.0, "beta: how far ahead of a handle its patch is pulled, grid px", more_than(0))
+    empty_mask: str = option(
+        "nothing",
+        "what the mask term penalises where there is no mask: nothing, or (the published code) every change",
+        one_of("nothing", "everything"),
+    )
     empty_prompt: bool = option(
         True, "real pictures are worked on with an empty prompt, as published, unless `prompt` is given"
     )
@@ -41,6 +46,8 @@ def run(job: Job) -> list[np.ndarray]:
     supervision = partial(modules.motion.to_initial, reach=settings.reach)
     most, taken = settings.trackings * settings.updates, job.config.ddim.taken
     levels = min(settings.levels, taken)
+    if job.config.own.empty_mask == "everything":
+        stages.fix_unmasked(job)
     with stages.adapted(job, stages.finetune(job)):
         source = stages.source(job)
         latents, way = source.latents(), source.down(layers=layers, features=features)

@@ -28,23 +28,45 @@ def paired_windows(pair: np.ndarray, size: tuple[int, int], radius: int) -> tupl
     return around[0], around[1]
 
 
+def patch_differences(source: np.ndarray, edited: np.ndarray, *, pairs: np.ndarray, radius: int) -> np.ndarray:
+    """How much the edited picture around each target differs from the source around the handle.
+
+    Args:
+        source: (H, W, 3), values in [0, 1].
+        edited: likewise.
+        pairs: (N, 2, 2), handles and targets as (x, y) in px, inside the picture.
+        radius: gamma, half side of the patch in px.
+
+    Returns:
+        (N,): squared difference summed over channels, mean over the positions that both patches have.
+    """
+    values = []
+    for pair in pairs:
+        here, there = paired_windows(pair, source.shape[:2], radius)
+        difference = source[here].astype(np.float64) - edited[there]
+        values.append(np.square(difference).sum(axis=2).mean())
+    return np.array(values)
+
+
 def dragging_accuracy(sample: EditSample, edited: np.ndarray, radius: int) -> np.ndarray:
     """GoodDrag's dragging accuracy index for each pair (2404.07206, section 4.2); lower is better.
-
-    The published script divides the sum over an image's pairs by their number twice, so that images with many pairs
-    count less: its figure for an image is the mean of these values divided by the number of pairs.
 
     Args:
         edited: (H, W, 3) uint8, of the sample's size.
         radius: gamma, px.
 
     Returns:
-        (N,): squared difference, of values in [0, 1], between the source around the handle and the edited picture
-        around the target, summed over channels, mean over the positions that both have.
+        (N,): as `patch_differences`, of values in [0, 1]. `accuracy_index` makes one figure of them.
     """
-    values = []
-    for pair in sample.points:
-        here, there = paired_windows(pair, (sample.height, sample.width), radius)
-        difference = (sample.image[here].astype(np.float64) - edited[there]) / 255
-        values.append(np.square(difference).sum(axis=2).mean())
-    return np.array(values)
+    return patch_differences(sample.image / 255, edited / 255, pairs=sample.points, radius=radius)
+
+
+def accuracy_index(values: np.ndarray, *, as_published: bool) -> float:
+    """GoodDrag's dragging accuracy index of an image, of the values (N,) of its pairs.
+
+    Args:
+        as_published: as the published script has it, which divides the sum over the pairs by their number twice, so
+            that images with many pairs count less. The paper divides once.
+    """
+    mean = float(np.mean(values))
+    return mean / len(values) if as_published else mean

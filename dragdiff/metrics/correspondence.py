@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +116,14 @@ def search_areas(sample: EditSample, variant: str) -> list[np.ndarray]:
 
 
 def distances(sample: EditSample, found: np.ndarray, variant: str) -> np.ndarray:
-    """From each found position (N, 2), (x, y), to its target: px, or with "discs" % of width and height, (N,)."""
+    """From where each handle's content was found to its target.
+
+    Args:
+        found: (N, 2), (x, y) px.
+
+    Returns:
+        (N,): px, or with "discs" % of width and height.
+    """
     unit = np.array([sample.width, sample.height]) / 100 if variant == "discs" else np.ones(2)
     return np.linalg.norm((found - sample.targets) / unit, axis=1)
 
@@ -152,14 +158,21 @@ class MeanDistance(Metric):
         self._backbone = (backbone,)  # in a tuple: no submodule
         self.t, self.block, self.ensemble, self.variant, self.seed = t, block, ensemble, variant, seed
         self._ordered = torch.Generator().manual_seed(seed) if ordered else None
-        self._source: tuple[int, Any] = (-1, None)  # seed and features of the sample before: often it comes again
+        self._source: tuple[int, FeatureMap] | None = None  # seed and features of the last: often it comes again
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def features(self, sample: EditSample, edited: np.ndarray) -> tuple[FeatureMap, FeatureMap]:
-        """Of the source and of the edited picture (H, W, 3) uint8, which must have the sample's size."""
+        """The features that are compared.
+
+        Args:
+            edited: (H, W, 3) uint8, of the sample's size.
+
+        Returns:
+            Those of the source and those of the edited picture.
+        """
         seed = sample_seed(self.seed, sample)
-        if self._ordered is not None or self._source[0] != seed:
+        if self._ordered is not None or self._source is None or self._source[0] != seed:
             self._source = seed, self._features(sample.image, sample, seed)
         return self._source[1], self._features(edited, sample, seed)
 
@@ -175,7 +188,13 @@ class MeanDistance(Metric):
         )
 
     def distances(self, sample: EditSample, edited: np.ndarray) -> np.ndarray:
-        """(N,) for the pairs of one sample, whose edited picture is (H, W, 3) uint8 of its size."""
+        """
+        Args:
+            edited: (H, W, 3) uint8, of the sample's size.
+
+        Returns:
+            (N,), for each of the sample's pairs: px, or % of width and height.
+        """
         found = matches(*self.features(sample, edited), sample.handles, search_areas(sample, self.variant))
         return distances(sample, found, self.variant)
 

@@ -23,13 +23,21 @@ class Mean:
 
 
 def mean_over_images(values: Sequence[np.ndarray]) -> Mean:
-    """Mean of the images' means; `values` holds the values of the pairs of each image (one value: of the image)."""
+    """Mean of the images' means.
+
+    Args:
+        values: of each image those of its pairs, (pairs,), or one for the whole image, (1,).
+    """
     means = np.array([np.mean(pairs) for pairs in values])
     return _mean(means, np.ones(len(means)), sum(len(pairs) for pairs in values))
 
 
 def mean_over_pairs(values: Sequence[np.ndarray]) -> Mean:
-    """Mean over all pairs of all images. The images are resampled: the pairs of one are not independent."""
+    """Mean over all pairs of all images. The images are resampled: the pairs of one are not independent.
+
+    Args:
+        values: as in `mean_over_images`.
+    """
     counts = np.array([len(pairs) for pairs in values])
     return _mean(np.array([np.sum(pairs) for pairs in values]), counts, int(counts.sum()))
 

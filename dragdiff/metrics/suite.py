@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -52,7 +52,7 @@ COLUMNS = {
 
 def metric_key(name: str, settings: MetricsConfig) -> str:
     """Names a metric's scores: the metric, and a hash of the settings that it depends on."""
-    used: dict[str, Any] = {}
+    used: dict[str, object] = {}
     if name == "distance":
         model = {key: value for key, value in asdict(settings.distance).items() if key != "device"}
         used = {"model": model, "areas": sorted(settings.areas), "block": settings.block}
@@ -94,7 +94,14 @@ class Suite:
                 self.unavailable[name] = str(error)
 
     def score(self, name: str, subject: Subject, edited: np.ndarray) -> Values | None:
-        """What a metric gives for an edited picture (H, W, 3) uint8; None where it can't be had."""
+        """What a metric gives for an edit.
+
+        Args:
+            edited: (H, W, 3) uint8, of the sample's size.
+
+        Returns:
+            Values by column; none where the metric does not apply to the sample; None where it can't be had at all.
+        """
         measure = self._measures.get(name)
         return measure(subject, edited) if measure else None
 
@@ -103,12 +110,12 @@ class Suite:
 
 
 def _scene(settings: MetricsConfig) -> Measure:
-    from dragdiff.metrics import scenes
+    from dragdiff.metrics import truth
 
     def measure(subject: Subject, edited: np.ndarray) -> Values:
         if subject.scene is None:
             return {}
-        score = scenes.score(subject.scene, edited)
+        score = truth.score(subject.scene, edited)
         return {
             "true_distance": [score.distance_after],
             "psnr_inside": [score.psnr_inside],
@@ -119,15 +126,15 @@ def _scene(settings: MetricsConfig) -> Measure:
 
 
 def _outside(settings: MetricsConfig) -> Measure:
-    from dragdiff.metrics import scenes
+    from dragdiff.metrics import truth
 
     def measure(subject: Subject, edited: np.ndarray) -> Values:
         if subject.sample.mask is None or subject.sample.mask.all():
             return {}
         fixed, source = ~np.asarray(subject.sample.mask), np.asarray(subject.sample.image)
         return {
-            "psnr_outside": [scenes.psnr(edited, source, fixed)],
-            "ssim_outside": [scenes.ssim(edited, source, fixed)],
+            "psnr_outside": [truth.psnr(edited, source, fixed)],
+            "ssim_outside": [truth.ssim(edited, source, fixed)],
         }
 
     return measure

@@ -5,7 +5,7 @@ Pure functions on tensors; the model is a callable `predict(latent, t) -> model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ def invert(
     return path
 
 
+@torch.no_grad()
 def sample(
     predict: Predict, latent: Tensor, *, scheduler: Any, start: int, report: Report = lambda step: None
 ) -> list[Tensor]:
@@ -99,19 +100,10 @@ def sample(
     Returns:
         The latent before each step and the clean one, len(timesteps) - start + 1 tensors.
     """
-    path = [latent]
-    for lower in path_down(predict, latent, scheduler=scheduler, start=start):
-        path.append(lower)
-        report(len(path) - 1)
-    return path
-
-
-def path_down(predict: Predict, latent: Tensor, *, scheduler: Any, start: int) -> Iterator[Tensor]:
-    """As `sample`, one step at a time: the latent after each step."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
-    timesteps = scheduler.timesteps[start:]
+    path, timesteps = [latent], scheduler.timesteps[start:]
     for t, on_device in zip(timesteps, timesteps.to(latent.device), strict=True):
-        with torch.no_grad():
-            latent = scheduler.step(predict(latent, on_device), t, latent).prev_sample
-        yield latent
+        path.append(scheduler.step(predict(path[-1], on_device), t, path[-1]).prev_sample)
+        report(len(path) - 1)
+    return path

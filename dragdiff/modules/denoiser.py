@@ -40,17 +40,29 @@ class Denoiser:
             latents: (B, C, h, w).
             pictures: whose prompt and LoRA each row has.
         """
-        output = self._rows(latents, t, pictures)
+        output = self._rows(latents, t, pictures, self.branches)
         return output if self.guidance == 1 else guide(output, self.guidance)
 
     def with_features(
-        self, latents: Tensor, t: Tensor, pictures: Sequence[int], *, names: Sequence[str], need_output: bool
+        self,
+        latents: Tensor,
+        t: Tensor,
+        pictures: Sequence[int],
+        *,
+        names: Sequence[str],
+        need_output: bool,
+        guided: bool = True,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """As `__call__`, with the features of some points, (B, C_i, h_i, w_i) each; see `Diffusion.with_features`."""
+        """As `__call__`, with the features of some points, (B, C_i, h_i, w_i) each; see `Diffusion.with_features`.
+
+        Args:
+            guided: False is the prompt's branch alone.
+        """
+        branches = self.branches if guided else self.branches[-1:]
         output, maps = self.model.with_features(
-            lambda: self._rows(latents, t, pictures), names, need_output=need_output
+            lambda: self._rows(latents, t, pictures, branches), names, need_output=need_output
         )
-        if self.guidance == 1:
+        if len(branches) == 1:
             return output, maps
         return (
             None if output is None else guide(output, self.guidance),
@@ -81,12 +93,12 @@ class Denoiser:
             }
         return self.model.shared_attention(layers, states, where=where)
 
-    def _rows(self, latents: Tensor, t: Tensor, pictures: Sequence[int]) -> Tensor:
-        """The output of all branches: (G B, C, h, w)."""
+    def _rows(self, latents: Tensor, t: Tensor, pictures: Sequence[int], branches: Sequence[Condition]) -> Tensor:
+        """The output of some branches: (G B, C, h, w)."""
         if self.adapters is not None:
             self.adapters.pictures = list(pictures)
-        condition = joined([rows_of(branch, pictures) for branch in self.branches])
-        return self.model.predict(torch.cat([latents] * len(self.branches)), t, condition)
+        condition = joined([rows_of(branch, pictures) for branch in branches])
+        return self.model.predict(torch.cat([latents] * len(branches)), t, condition)
 
 
 def guide(output: Tensor, guidance: float) -> Tensor:

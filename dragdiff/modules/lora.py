@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ def _injected(network: nn.Module, configs: Mapping[str, LoraConfig], *, seed: in
     wants_gradient = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     try:
         for name, config in configs.items():
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the accelerators' generators
                 inject_adapter_in_model(config, network, adapter_name=name)
             for parameter in _parameters(network, name).values():  # weights may be half precision, these may not

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dragdiff.stages.decoding import decode
     from dragdiff.stages.denoising import controlled_layers, denoise
     from dragdiff.stages.dragging import bottleneck, drag
+    from dragdiff.stages.edits import fix_unmasked
     from dragdiff.stages.sources import Level, Source, Step, source
 
 _HOME = {
@@ -20,6 +21,7 @@ _HOME = {
     "denoise": "denoising",
     "drag": "dragging",
     "finetune": "adapters",
+    "fix_unmasked": "edits",
     "source": "sources",
     **dict.fromkeys(("Level", "Source", "Step"), "sources"),
 }
@@ -34,6 +36,7 @@ __all__ = [
     "denoise",
     "drag",
     "finetune",
+    "fix_unmasked",
     "source",
 ]
 

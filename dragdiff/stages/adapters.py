@@ -177,9 +177,8 @@ def train(
     with job.stage("LoRA", settings.steps) as advance:
         prepared = [_prepared(job, picture, len(scheduler.alphas_cumprod)) for picture in pictures]
         good = [number for number, picture in enumerate(prepared) if picture.is_finite]
-        outcomes: list[LoRA | UserError] = [job.not_finite] * len(pictures)
         if not good:
-            return outcomes
+            return [job.not_finite] * len(pictures)
         trainable = lora.trainable(
             model.network,
             model.lora_targets,
@@ -200,9 +199,12 @@ def train(
                 settings=inputs,
             )
 
+            def learned() -> dict[int, LoRA | UserError]:
+                return {number: _learned(job, module, row, current(row)) for row, number in enumerate(good)}
+
             def keep_all(steps: int) -> None:
-                for row, number in enumerate(good):
-                    if isinstance(made := _learned(job, module, row, current(row)), LoRA):
+                for number, made in learned().items():
+                    if isinstance(made, LoRA):
                         keep(number, steps, made)
 
             callbacks: list[L.Callback] = [LoRAProgress(advance), LoRASnapshots(snapshots, keep_all)]
@@ -218,9 +220,8 @@ def train(
                 resume=resume,
                 own_scaling=len(good) > 1,
             )
-            for row, number in enumerate(good):
-                outcomes[number] = _learned(job, module, row, current(row))
-    return outcomes
+            trained = learned()
+    return [trained.get(number, job.not_finite) for number in range(len(pictures))]
 
 
 def _learned(job: Job, module: LoRAFinetune, row: int, made: LoRA) -> LoRA | UserError:

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dragdiff.backbones.diffusion import rows_of
 from dragdiff.callbacks import DragCallback, DragProgress, PointTracking
 from dragdiff.checks import strategy
 from dragdiff.job import Edit, Job
-from dragdiff.models.point_drag import Drag, MaskTerm, PointDrag
+from dragdiff.models.point_drag import Drag, Forward, MaskTerm, PointDrag
 from dragdiff.models.trainer import fit, shared_logger
 from dragdiff.models.variables import Bottleneck, Latent, Variable
 from dragdiff.modules import ddim, motion, tracking
@@ -58,23 +57,10 @@ def drag(
     variable = every if len(moving) == len(job.edits) else every.only(moving)
     edits = [job.edits[number] for number in moving]
 
-    def forward(latents: Tensor, rows: Sequence[int], need_output: bool) -> tuple[Tensor | None, Sequence[FeatureMap]]:
-        output, maps = job.denoiser.with_features(
-            latents,
-            level.t,
-            [edits[row].picture for row in rows],
-            names=job.config.drag.features,
-            need_output=need_output,
-        )
-        return output, [
-            FeatureMap([features[place, None] for features in maps], edits[row].points.grid)
-            for place, row in enumerate(rows)
-        ]
-
     drags = [_drag(job, edit, level, reference, supervision, tracker or _tracking, steps) for edit in edits]
     for edit in edits:
         edit.frames.preview = _preview(job, edit, level)
-    module = PointDrag(forward, variable, drags, scaling=job.autocast == "fp16")
+    module = PointDrag(_forward(job, level, edits), variable, drags, scaling=job.autocast == "fp16")
     observers = {id(callback): callback for drag in drags for callback in drag.callbacks}  # edits may share one
     scales = [edit.sample.height / edit.points.grid[0] for edit in edits]
     if any(not drag.stop_reason for drag in drags):
@@ -95,13 +81,31 @@ def drag(
     return torch.cat(values)
 
 
+def _forward(job: Job, level: Level, edits: Sequence[Edit]) -> Forward:
+    """The model's forward for rows of some edits at a level."""
+
+    def forward(latents: Tensor, rows: Sequence[int], need_output: bool) -> tuple[Tensor | None, Sequence[FeatureMap]]:
+        output, maps = job.denoiser.with_features(
+            latents,
+            level.t,
+            [edits[row].picture for row in rows],
+            names=job.config.drag.features,
+            need_output=need_output,
+        )
+        return output, [
+            FeatureMap([features[place, None] for features in maps], edits[row].points.grid)
+            for place, row in enumerate(rows)
+        ]
+
+    return forward
+
+
 @torch.no_grad()
 def bottleneck(job: Job, level: Level, latents: Tensor) -> Bottleneck:
     """The output of the network's bottleneck for the edits' latents (E, C, h, w), to be optimised in their place."""
     model, pictures = job.model, [edit.picture for edit in job.edits]
-    positive = rows_of(job.denoiser.branches[-1], pictures)
-    _, (values,) = model.with_features(
-        lambda: model.predict(latents, level.t, positive), [model.bottleneck], need_output=False
+    _, (values,) = job.denoiser.with_features(
+        latents, level.t, pictures, names=[model.bottleneck], need_output=False, guided=False
     )
     return Bottleneck(values.float(), latents, model.feature_block(model.bottleneck))
 
@@ -118,7 +122,7 @@ def _drag(
     """The drag of an edit, with its callbacks."""
     settings, row, mask, unedited = edit.config.drag, edit.picture, None, None
     if edit.keep is not None and settings.mask_weight > 0:
-        below = None if reference is None else reference.below[row, None]
+        below = None if reference is None or reference.below is None else reference.below[row, None]
         alphas = level.alpha, level.alpha_below
         mask = MaskTerm(edit.keep, settings.mask_weight, *alphas, job.model.prediction_type, below)
     if reference is not None:

@@ -47,12 +47,13 @@ class Reference:
     """The sources (P, C, h, w) at a level, seen once.
 
     Attributes:
-        below: their latents one step below.
+        below: their latents one DDIM step below, for the mask term; None at the top, where the edits' own first forward
+            gives the same without a difference in rounding.
         states: what entered the self-attention layers that were asked for.
         features: of the points that were asked for, with a row for each source.
     """
 
-    below: Tensor
+    below: Tensor | None
     states: States
     features: list[Tensor]
 
@@ -109,7 +110,7 @@ class Source:
         solver = self._solver(rows)
         references = self._references(list(layers), list(features), way)
         for index in range(self.top.index, len(self.scheduler.timesteps)):
-            reference = next(references) if layers or features else Reference(self.path[-1], {}, [])
+            reference = next(references) if layers or features else Reference(None, {}, [])
             yield Step(job, self.level(index), reference, list(layers), solver, index - self.top.index)
 
     def _references(self, layers: list[str], features: list[str], way: str) -> Iterator[Reference]:
@@ -157,14 +158,13 @@ class Source:
         latents, solver = self.path[-1], self._solver(everyone)
         for index in range(self.top.index, len(solver.timesteps)):
             level = self.level(index)
-            maps: list[Tensor] = []
             with torch.no_grad(), self.job.model.recorded_attention(layers) as states:
-                if features:
-                    output, maps = denoiser.with_features(latents, level.t, everyone, names=features, need_output=True)
-                else:
-                    output = denoiser(latents, level.t, everyone)
+                output, maps = denoiser.with_features(latents, level.t, everyone, names=features, need_output=True)
+                assert output is not None
+                alphas, kind = {"alpha": level.alpha, "alpha_to": level.alpha_below}, self.job.model.prediction_type
+                below = ddim.move(latents, output, **alphas, prediction_type=kind)
                 latents = solver.step(output, solver.timesteps[index], latents).prev_sample
-            yield Reference(latents, states, maps)
+            yield Reference(below if index > self.top.index else None, states, maps)
 
     def _up(self, layers: list[str]) -> Iterator[Reference]:
         everyone = list(range(len(self.path[-1])))
@@ -176,7 +176,7 @@ class Source:
                 level = self.level(len(self.scheduler.timesteps) - 1 - number)
                 with torch.no_grad(), self.job.model.recorded_attention(layers) as states:
                     self.job.denoiser(below, level.t, everyone)
-            yield Reference(below, states, [])
+            yield Reference(None, states, [])
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import threading
@@ -11,35 +11,37 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dragdiff.config import StudyConfig
-from dragdiff.errors import UserError, one_line
+from dragdiff.errors import DeviceLost, UserError, WorkerDied, one_line
+
+if TYPE_CHECKING:
+    from dragdiff.study.worker import Worker
 
 ANSWER = 5.0  # s for a cluster to answer
 
 
-class WorkerDied(Exception):
-    """A worker's process or machine is gone, and with it what it was doing."""
-
-
-class DeviceLost(UserError):
-    """A GPU answers every call with an error; until the process that has it ends, nothing can be done there."""
-
-
-class Place(Protocol):
+class WorkerHandle(Protocol):
     """A worker, wherever it is."""
 
-    def submit(self, method: str, *arguments: Any) -> Future[Any]:
-        """Call a method of the `Worker`; the future raises `WorkerDied` where it is gone."""
+    def submit(self, method: str, *arguments: object) -> Future[object]:
+        """Call a method of the `Worker`.
+
+        Returns:
+            What it returns; raises what it raises, or `WorkerDied` where the worker is gone or has lost its GPU.
+        """
 
     def close(self) -> None:
-        """End it."""
+        """End it, also amid a task."""
 
 
 @contextmanager
-def open_places(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], Place]]]:
-    """How many workers the study has, and what makes the one of a number (again, should it have died).
+def open_workers(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], WorkerHandle]]]:
+    """The workers of a study, where its `executor` says.
+
+    Yields:
+        How many there are, and what makes the one of a number (again, should it have died).
 
     Raises:
         UserError: no Ray, or no cluster at its address.
@@ -53,13 +55,13 @@ def open_places(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], Place
     gpus = torch.cuda.device_count()
     count = study.workers or max(1, gpus)
     if count == 1 and not gpus:  # a GPU that fails takes its process with it
-        yield 1, lambda number: Here(study)
+        yield 1, lambda number: InProcess(study)
     else:
         own = gpus and "auto" in (study.settings.get("model.device", "auto"), study.metrics.distance.device)
-        yield count, lambda number: Process(study, f"cuda:{number % gpus}" if own else "")
+        yield count, lambda number: SubProcess(study, f"cuda:{number % gpus}" if own else "")
 
 
-class Here:
+class InProcess:
     """In this process, at once."""
 
     def __init__(self, study: StudyConfig) -> None:
@@ -67,8 +69,9 @@ class Here:
 
         self._worker = Worker(study)
 
-    def submit(self, method: str, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+    def submit(self, method: str, *arguments: object) -> Future[object]:
+        """Call a method of the worker; it is done when this returns."""
+        future: Future[object] = Future()
         try:
             future.set_result(getattr(self._worker, method)(*arguments))
         except Exception as error:
@@ -76,52 +79,50 @@ class Here:
         return future
 
     def close(self) -> None:
-        pass
+        """Nothing is to be ended: the worker goes with this process."""
 
 
-class Process:
+class SubProcess:
     """In a process of its own on this machine."""
 
     def __init__(self, study: StudyConfig, device: str) -> None:
-        self._pool = ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn"), initializer=_start, initargs=(study, device)
-        )
+        spawn = multiprocessing.get_context("spawn")
+        theirs, self._lifeline = spawn.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start, initargs=(study, device, theirs))
 
-    def submit(self, method: str, *arguments: Any) -> Future[Any]:
+    def submit(self, method: str, *arguments: object) -> Future[object]:
+        """Call a method of the worker, after those called before."""
         try:
             return _translated(self._pool.submit(_call, method, *arguments), BrokenProcessPool, DeviceLost)
         except BrokenProcessPool as error:
-            dead: Future[Any] = Future()
+            dead: Future[object] = Future()
             dead.set_exception(_died(error))
             return dead
 
     def close(self) -> None:
-        processes = list((self._pool._processes or {}).values())
+        """End the process at once; what it was to do is cancelled."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
+        self._lifeline.close()
 
 
-_worker: Any = None  # of a worker's process
+_worker: Worker | None = None  # of a worker's process
 
 
-def _start(study: StudyConfig, device: str) -> None:
+def _start(study: StudyConfig, device: str, lifeline: multiprocessing.connection.Connection) -> None:
     global _worker
-    from dragdiff.study.worker import Worker
+    threading.Thread(target=_end_with, args=[lifeline], daemon=True).start()
+    from dragdiff.study.worker import Worker  # torch, diffusers: seconds
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Worker(study, device)
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed can't end its workers."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _end_with(lifeline: multiprocessing.connection.Connection) -> None:
+    """End this process, whatever it is at, once the other end is closed, as it also is where its parent is killed."""
+    multiprocessing.connection.wait([lifeline])
+    os.kill(os.getpid(), 9)  # SIGKILL, which has no name on Windows
 
 
-def _call(method: str, *arguments: Any) -> Any:
+def _call(method: str, *arguments: object) -> object:
     return getattr(_worker, method)(*arguments)
 
 
@@ -130,15 +131,23 @@ def _died(error: BaseException) -> WorkerDied:
     return WorkerDied(one_line(error) if lost else f"killed, or out of memory: {one_line(error)}")
 
 
-def _translated(future: Future[Any], *death: type[BaseException]) -> Future[Any]:
-    """The same, with a worker that is dead, or of no more use, told from a failed call."""
-    told: Future[Any] = Future()
+def _translated(
+    future: Future[object], *death: type[BaseException], wrapper: type[BaseException] | None = None
+) -> Future[object]:
+    """The same, with a worker that is dead, or of no more use, told from a failed call.
 
-    def tell(done: Future[Any]) -> None:
+    Args:
+        wrapper: an exception whose `cause` was raised in the worker.
+    """
+    told: Future[object] = Future()
+
+    def tell(done: Future[object]) -> None:
         if done.cancelled():
             told.cancel()
             return
         error = done.exception()
+        if wrapper and isinstance(error, wrapper):
+            error = getattr(error, "cause", None) or error
         if isinstance(error, death):
             told.set_exception(_died(error))
         elif error is not None:
@@ -154,7 +163,7 @@ def _translated(future: Future[Any], *death: type[BaseException]) -> Future[Any]
 
 
 @contextmanager
-def _cluster(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], Place]]]:
+def _cluster(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], WorkerHandle]]]:
     try:
         import ray
     except ImportError as error:
@@ -175,18 +184,23 @@ def _cluster(study: StudyConfig) -> Iterator[tuple[int, Callable[[int], Place]]]
 def _connect(study: StudyConfig) -> None:
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if study.address:
             if ":" in study.address:  # Ray itself would wait for minutes
                 host, port = study.address.removeprefix("ray://").rsplit(":", 1)
                 socket.create_connection((host, int(port)), timeout=ANSWER).close()
-            ray.init(address=study.address, **quiet)
+            ray.init(address=study.address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # nobody else can reach it; Ray would write a token into the home folder
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             cpus = max(study.workers, os.cpu_count() or 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except Exception as error:  # OSError, ValueError, RuntimeError, ...
         raise UserError(
             f"no Ray cluster at address={study.address!r} ({one_line(error)}): start one with `ray start --head`, "
@@ -205,28 +219,16 @@ class RayActor:
         actor = ray.remote(Worker).options(num_cpus=1, num_gpus=1 if on_gpu else 0)
         self._actor: Any = actor.remote(study, "cuda" if on_gpu else "")
 
-    def submit(self, method: str, *arguments: Any) -> Future[Any]:
+    def submit(self, method: str, *arguments: object) -> Future[object]:
+        """Call a method of the actor, after those called before."""
         from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
-        future = _cause(getattr(self._actor, method).remote(*arguments).future(), RayTaskError)
-        return _translated(future, ActorDiedError, ActorUnavailableError, RayActorError, DeviceLost)
+        future = getattr(self._actor, method).remote(*arguments).future()
+        death = (ActorDiedError, ActorUnavailableError, RayActorError, DeviceLost)
+        return _translated(future, *death, wrapper=RayTaskError)
 
     def close(self) -> None:
+        """End the actor at once, for good."""
         import ray
 
         ray.kill(self._actor)
-
-
-def _cause(future: Future[Any], wrapper: type[BaseException]) -> Future[Any]:
-    """The same, raising what was raised in the actor."""
-    bare: Future[Any] = Future()
-
-    def tell(done: Future[Any]) -> None:
-        error = done.exception()
-        if error is None:
-            bare.set_result(done.result())
-        else:
-            bare.set_exception(getattr(error, "cause", None) or error if isinstance(error, wrapper) else error)
-
-    future.add_done_callback(tell)
-    return bare

@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import jinja2
 import numpy as np
 from PIL import Image
 
 from dragdiff import output
+from dragdiff.aliases import Json, Report
 from dragdiff.metrics.suite import COLUMNS
 from dragdiff.study.plan import Subject, Variant
+from dragdiff.study.plots import Ways
 from dragdiff.study.store import Store
 from dragdiff.study.table import Measured, decimals, title
 
@@ -41,65 +41,23 @@ class Pictures:
         return self.uris.setdefault(uri, len(self.uris))
 
 
-def page(
-    data: Measured,
-    store: Store,
-    ways: Mapping[tuple[str, str, int], np.ndarray],
-    *,
-    progress: Callable[[str, int, int, str], None] = lambda *_: None,
-) -> str:
+def page(data: Measured, store: Store, ways: Ways, *, progress: Report = lambda *_: None) -> str:
     """The page's HTML.
 
     Args:
-        ways: of (variant, sample, seed): (K, N, 2), (x, y) px of the image.
+        ways: of the edits that have one.
         progress: called after each sample.
 
     Raises:
         StoreError: the results can't be read.
     """
     plan, pictures = data.plan, Pictures()
-    lost = {(row.variant, row.sample, row.seed): row.reason for row in data.failures.itertuples()}
-    means = data.scores.groupby(["variant", "sample", "seed", "column"], sort=False)["value"].mean().to_dict()
-    scores: list[list[float | None]] = []
-
-    def shots(variant: Variant, subject: Subject) -> list[dict[str, Any]]:
-        """The pictures of a cell: one for each seed, where they differ."""
-        by_key: dict[str, dict[str, Any]] = {}
-        for seed in plan.study.seeds[:1] if variant.baseline else plan.study.seeds:
-            place = (variant.name, subject.name, seed)
-            key = plan.keys[place]
-            if key in by_key:
-                by_key[key]["seeds"].append(seed)
-                continue
-            kept = store.read(f"results/{key}/edited.png")
-            by_key[key] = {
-                "seeds": [seed],
-                "picture": None if kept is None else pictures.add(Image.open(io.BytesIO(kept))),
-                "ways": [] if kept is None or place not in ways else _polylines(ways[place]),
-                "failure": lost.get(place) or (NOT_RUN if kept is None else ""),
-                "number": len(scores),
-            }
-            scores.append([_rounded(means.get((*place, column))) for column in data.columns])
-        return list(by_key.values())
-
+    cells = _Cells(data, store, ways, pictures)
     rows = []
     progress("gallery", 0, len(plan.subjects), "")
     for done, subject in enumerate(plan.subjects, 1):
-        sample = subject.sample
-        side = max(sample.width, sample.height)
-        rows.append(
-            {
-                "name": subject.name,
-                "category": subject.category,
-                "width": sample.width,
-                "height": sample.height,
-                "side": side,
-                "points": sample.points.tolist(),
-                "source": pictures.add(output.annotated(sample, scale=SIDE / side)),
-                "truth": None if subject.scene is None else pictures.add(Image.fromarray(subject.scene.truth)),
-                "cells": [(variant, shots(variant, subject)) for variant in plan.variants],
-            }
-        )
+        shots = [(variant, cells.shots(variant, subject)) for variant in plan.variants]
+        rows.append(_sources(subject, pictures) | {"cells": shots})
         progress("gallery", done, len(plan.subjects), "")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dragdiff", "study"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -113,24 +71,64 @@ def page(
         broken=plan.broken,
         not_run=NOT_RUN,
         categories=sorted({subject.category for subject in plan.subjects}),
-        columns=[
-            {
-                "title": title(column),
-                "label": COLUMNS[column].label,
-                "decimals": decimals(column),
-                "higher": COLUMNS[column].higher,
-            }
-            for column in data.columns
-        ],
-        scores=_literal(scores),
+        columns=[_column(column) for column in data.columns],
+        scores=json.dumps(cells.scores, separators=(",", ":")),  # JavaScript knows Infinity and NaN
         pictures=list(pictures.uris),
         has_truth=any(row["truth"] is not None for row in rows),
     )
 
 
-def _literal(values: Any) -> str:
-    """Numbers as JavaScript, which knows Infinity and NaN."""
-    return json.dumps(values, separators=(",", ":"))
+class _Cells:
+    """What stands in the page's cells; `scores` are those of all shots by their number, by column."""
+
+    def __init__(self, data: Measured, store: Store, ways: Ways, pictures: Pictures) -> None:
+        self.data, self.store, self.ways, self.pictures = data, store, ways, pictures
+        self.lost = {(row.variant, row.sample, row.seed): row.reason for row in data.failures.itertuples()}
+        means = data.scores.groupby(["variant", "sample", "seed", "column"], sort=False)["value"].mean()
+        self.means = means.to_dict()
+        self.scores: list[list[float | None]] = []
+
+    def shots(self, variant: Variant, subject: Subject) -> list[Json]:
+        """The pictures of a cell: one for each seed, where they differ."""
+        plan = self.data.plan
+        by_key: dict[str, Json] = {}
+        for seed in plan.study.seeds[:1] if variant.baseline else plan.study.seeds:
+            place = (variant.name, subject.name, seed)
+            key = plan.keys[place]
+            if key in by_key:
+                by_key[key]["seeds"].append(seed)
+                continue
+            kept = self.store.read(f"results/{key}/edited.png")
+            by_key[key] = {
+                "seeds": [seed],
+                "picture": None if kept is None else self.pictures.add(Image.open(io.BytesIO(kept))),
+                "ways": [] if kept is None or place not in self.ways else _polylines(self.ways[place]),
+                "failure": self.lost.get(place) or (NOT_RUN if kept is None else ""),
+                "number": len(self.scores),
+            }
+            self.scores.append([_rounded(self.means.get((*place, column))) for column in self.data.columns])
+        return list(by_key.values())
+
+
+def _sources(subject: Subject, pictures: Pictures) -> Json:
+    """A row's head, and the truth where it is known."""
+    sample = subject.sample
+    side = max(sample.width, sample.height)
+    return {
+        "name": subject.name,
+        "category": subject.category,
+        "width": sample.width,
+        "height": sample.height,
+        "side": side,
+        "points": sample.points.tolist(),
+        "source": pictures.add(output.annotated(sample, scale=SIDE / side)),
+        "truth": None if subject.scene is None else pictures.add(Image.fromarray(subject.scene.truth)),
+    }
+
+
+def _column(name: str) -> Json:
+    about = COLUMNS[name]
+    return {"title": title(name), "label": about.label, "decimals": decimals(name), "higher": about.higher}
 
 
 def _rounded(value: float | None) -> float | None:

@@ -10,25 +10,26 @@ import importlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dragdiff import methods
+from dragdiff.aliases import Json, Report
 from dragdiff.config import StudyConfig, load_study, to_yaml
 from dragdiff.errors import UserError
 from dragdiff.metrics.statistics import LEVEL, RESAMPLES
 from dragdiff.metrics.suite import COLUMNS
 from dragdiff.study import gallery, plots
-from dragdiff.study.plan import SCENES, Plan, Variant, show
+from dragdiff.study.plan import SCENES, Plan, Variant, config_of, show
 from dragdiff.study.store import RESULT, Store
 from dragdiff.study.table import ALL, Measured, measured, number, summary, title
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 Means = Mapping[tuple[str, str, str], Any]  # of (category, column, variant): a row of `table.summary`
 
 PLACE = ("extends", "results", "executor", "workers", "address", "batch", "attempts", "reference_mb", "logger")
@@ -70,7 +71,7 @@ def find_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
     return dataclasses.replace(settings, name=name, results=results)
 
 
-def _filled(config: Any, values: Mapping[str, Any]) -> Any:
+def _filled(config: Any, values: Json) -> Any:
     """A config with other values, as `dataclasses.asdict` gives them."""
     parts = {key: getattr(config, key, None) for key in values}
     return dataclasses.replace(
@@ -79,11 +80,11 @@ def _filled(config: Any, values: Mapping[str, Any]) -> Any:
     )
 
 
-def _is_section(value: Any) -> bool:
+def _is_section(value: object) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Progress = lambda *_: None) -> list[str]:
+def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Report = lambda *_: None) -> list[str]:
     """Write all files of the report below `<study name>/report/`; missing edits are shown as missing.
 
     Args:
@@ -228,6 +229,14 @@ def _how(data: Measured) -> str:
     return " ".join(sentences)
 
 
+def _methods(plan: Plan) -> str:
+    """Which methods the variants are, with their papers."""
+    edits = [config_of(plan.study, variant, plan.study.seeds[0]) for variant in plan.variants if not variant.baseline]
+    found = [methods.find(name) for name in dict.fromkeys(edit.method for edit in edits)]
+    papers = ", ".join(f"{method.name} ([{method.paper}](https://arxiv.org/abs/{method.paper}))" for method in found)
+    return f"Method{'s' if len(found) > 1 else ''}: {papers}."
+
+
 def _what_was_run(data: Measured) -> list[str]:
     plan = data.plan
     categories = Counter(subject.category for subject in plan.subjects)
@@ -256,7 +265,7 @@ def _what_was_run(data: Measured) -> list[str]:
     return [
         f"{len(plan.subjects)} samples of {source} ({samples}), seed{'s' if len(plan.study.seeds) > 1 else ''} "
         f"{seeds}. Of {done + bad + left} edits {done} are measured, {bad} failed, {left} are missing.{state} "
-        f"The variants are compared with {text(plan.reference)}.",
+        f"The variants are compared with {text(plan.reference)}. {_methods(plan)}",
         "## What was run",
         _rows(("variant", *(["settings"] if named else ()), "measured", "failed", "missing"), rows),
     ]
@@ -342,7 +351,7 @@ def _files(plan: Plan, brief: bool) -> list[str]:
     ]
 
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; numbers stand at the right."""
     ends = ["-:" if all(isinstance(row[place], int) for row in rows) else "-" for place in range(len(head))]
     lines = [head, ends, *rows]

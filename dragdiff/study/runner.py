@@ -13,10 +13,10 @@ import numpy as np
 
 from dragdiff import methods
 from dragdiff.config import MetricsConfig
-from dragdiff.errors import UserError, one_line
+from dragdiff.errors import UserError, WorkerDied, one_line
 from dragdiff.metrics.suite import COLUMNS, metric_key
 from dragdiff.options import walk
-from dragdiff.study.executors import Place, WorkerDied, open_places
+from dragdiff.study.executors import WorkerHandle, open_workers
 from dragdiff.study.plan import Plan, Task
 from dragdiff.study.store import RESULT, SCORES, Store
 from dragdiff.study.table import ordered_path
@@ -114,14 +114,14 @@ class _Run:
     def __init__(self, plan: Plan, store: Store, jobs: list[list[Task]], summary: Summary, report: Report) -> None:
         self.plan, self.store, self.summary, self.report = plan, store, summary, report
         self.jobs = deque(deque(job) for job in jobs)
-        self.places: dict[int, Place] = {}
+        self.places: dict[int, WorkerHandle] = {}
         self.busy: dict[Future[Any], tuple[int, list[Task], list[deque[Task]]]] = {}
         self.deaths: Counter[str] = Counter()
         self.most = 1  # edits that a worker gets at once
 
     def loop(self) -> None:
         study = replace(self.plan.study, results=self.store.url)  # workers may be in another folder
-        with open_places(study) as (count, self.open):
+        with open_workers(study) as (count, self.open):
             try:
                 self.places[0] = self.open(0)
                 self._prepare(count)

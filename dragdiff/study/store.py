@@ -52,10 +52,15 @@ class Store:
             self.files.auto_mkdir = True
 
     def path(self, *parts: str) -> str:
+        """Where something is in the file system, by its path here."""
         return "/".join([self.root.rstrip("/"), *parts])
 
     def write(self, path: str, content: bytes) -> None:
-        """One file, whole or not at all."""
+        """Write one file, whole or not at all.
+
+        Raises:
+            StoreError: it can't be written.
+        """
         with _storing(path):
             if not self._local:  # there an object appears when it is complete
                 self.files.pipe_file(self.path(path), content)
@@ -68,7 +73,14 @@ class Store:
                 Path(partial).unlink(missing_ok=True)
 
     def write_result(self, key: str, files: dict[str, bytes]) -> None:
-        """The files of a result; one that is there already stays, unless it is damaged."""
+        """Write the files of a result; one that is there already stays, unless it is damaged.
+
+        Args:
+            files: contents by name.
+
+        Raises:
+            StoreError: they can't be written.
+        """
         if not self._local:  # what is not marked by RESULT, which comes last, does not count
             for name in sorted(files, key=lambda name: name == RESULT):
                 self.write(f"results/{key}/{name}", files[name])
@@ -88,17 +100,28 @@ class Store:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def discard(self, key: str) -> None:
-        """Take away a damaged result."""
+        """Take away a damaged result.
+
+        Raises:
+            StoreError: it can't be deleted.
+        """
         with _storing(f"results/{key}"):
             if self.files.exists(self.path("results", key)):
                 self.files.rm(self.path("results", key), recursive=True)
 
     def has_result(self, key: str) -> bool:
+        """Whether there is one, which may be damaged."""
         with _storing(key):
             return self.files.exists(self.path("results", key, RESULT))
 
     def read(self, path: str) -> bytes | None:
-        """A file's content; None where there is none."""
+        """
+        Returns:
+            A file's content; None where there is none.
+
+        Raises:
+            StoreError: the place can't be read.
+        """
         try:
             return self.files.cat_file(self.path(path))
         except FileNotFoundError:
@@ -107,12 +130,22 @@ class Store:
             raise StoreError(f"cannot read {self.path(path)}: {one_line(error)}") from error
 
     def read_json(self, path: str) -> Any:
-        """The value in a JSON file; None where there is none, or it is damaged."""
+        """
+        Returns:
+            The value in a JSON file; None where there is none, or it is damaged.
+
+        Raises:
+            StoreError: as `read`.
+        """
         content = self.read(path)
         return None if content is None else _parsed(content)
 
     def read_jsons(self, paths: Sequence[str]) -> dict[str, Any]:
-        """As `read_json` of many, those that there are; at once, where the file system can do that."""
+        """As `read_json` of many; at once, where the file system can do that.
+
+        Returns:
+            By path, the values that there are.
+        """
         places = [self.path(path) for path in paths]
         try:
             everything: list[None] = [None] * len(places)
@@ -127,10 +160,16 @@ class Store:
                 found[path] = value
         return found
 
-    def write_json(self, path: str, value: Any) -> None:
+    def write_json(self, path: str, value: object) -> None:
+        """Write a value as JSON, its keys sorted, as `write` does."""
         self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
     def remove(self, path: str) -> None:
+        """Delete a file, if it is there.
+
+        Raises:
+            StoreError: it can't be deleted.
+        """
         with _storing(path):
             if self.files.exists(self.path(path)):
                 self.files.rm(self.path(path))

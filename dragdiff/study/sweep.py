@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
+from dragdiff.aliases import Json
 from dragdiff.config import Config, StudyConfig, StudyDataConfig, config_folder, find_overlay, load_config
 from dragdiff.data.scenes import UNIT
 from dragdiff.errors import UserError
@@ -15,7 +15,7 @@ from dragdiff.study.plan import Variant, config_of, read_subjects, show, variant
 _OWN = ("sample", "output.", "logger.", "cache.")  # where an agent's edit may differ from the study's
 
 
-def sweep(study: StudyConfig) -> dict[str, Any]:
+def sweep(study: StudyConfig) -> Json:
     """The definition that `wandb sweep` takes: a run for each variant, sample and seed.
 
     It compares the distance as tracked, all that `edit.py` measures; baselines and a study's other metrics are not in
@@ -25,7 +25,9 @@ def sweep(study: StudyConfig) -> dict[str, Any]:
         UserError: variants or samples that a sweep can't have, or what `expand` refuses.
     """
     variants = variants_of(study)
-    parameters = _random(study.random) if study.random else _categorical(variants)
+    parameters = (
+        {key: _distribution(space) for key, space in study.random.items()} if study.random else _categorical(variants)
+    )
     parameters["seed"] = {"values": list(study.seeds)}
     parameters["sample"] = {"values": _samples(study.data)}
     shared = _shared(study)
@@ -59,10 +61,10 @@ def write_sweep(study: StudyConfig, path: str | Path) -> None:
         raise UserError(f"cannot write the sweep to {str(path)!r}: {error.strerror or error}") from error
 
 
-def _categorical(variants: list[Variant]) -> dict[str, Any]:
+def _categorical(variants: list[Variant]) -> Json:
     """The values of each setting whose combinations are the variants."""
     settings = [dict(flat(variant.settings)) for variant in variants]
-    values: dict[str, list[Any]] = {key: [] for key in settings[0]}
+    values: dict[str, list[object]] = {key: [] for key in settings[0]}
     for entry in settings:
         for key, value in entry.items():
             if key in values and _argument(value) not in values[key]:
@@ -78,11 +80,7 @@ def _categorical(variants: list[Variant]) -> dict[str, Any]:
     return {key: {"values": choices} for key, choices in values.items()}
 
 
-def _random(spaces: dict[str, Any]) -> dict[str, Any]:
-    return {key: _distribution(space) for key, space in spaces.items()}
-
-
-def _distribution(space: Any) -> dict[str, Any]:
+def _distribution(space: list[object] | Json) -> Json:
     if isinstance(space, list):
         return {"values": [_argument(value) for value in space]}
     low, high, log = space["low"], space["high"], space.get("log", False)
@@ -122,7 +120,7 @@ def _overlay(name: str) -> str:
     return path.stem if path.parent.absolute() == config_folder().absolute() else str(path.absolute())
 
 
-def _argument(value: Any) -> Any:
+def _argument(value: object) -> object:
     """A value so that the agent's `key=value`, made by Python's str(), is what `edit.py` reads."""
     return show(value) if isinstance(value, list) else value
 

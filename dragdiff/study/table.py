@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,14 +45,18 @@ class Measured:
         return [column for column in COLUMNS if column in measured]
 
     def values(self, variant: str, column: str, category: str = ALL) -> dict[str, np.ndarray]:
-        """By sample, the values of its pairs for all seeds, (seeds * pairs,)."""
+        """The values of a column for a variant.
+
+        Returns:
+            By sample, those of its pairs for all seeds, (seeds * pairs,).
+        """
         rows = self._parts.get((variant, column), self.scores[:0])
         if category != ALL:
             rows = rows[rows["category"] == category]
         return {name: group["value"].to_numpy() for name, group in rows.groupby("sample", sort=True)}
 
     @cached_property
-    def _parts(self) -> dict[Any, pd.DataFrame]:
+    def _parts(self) -> dict[tuple[str, str], pd.DataFrame]:
         return dict(list(self.scores.groupby(["variant", "column"], sort=False)))
 
 
@@ -154,7 +159,11 @@ def decimals(column: str) -> int:
 
 
 def number(column: str, value: float, sign: str = "-") -> str:
-    """A value of a column as reports write it; `–` for NaN. With sign="+", positive ones have one too."""
+    """A value of a column as reports write it; `–` for NaN.
+
+    Args:
+        sign: as in format specifications: "+" gives positive values one, too.
+    """
     if np.isnan(value):
         return "–"
     if np.isinf(value):
@@ -163,7 +172,7 @@ def number(column: str, value: float, sign: str = "-") -> str:
     return f"{round(value, places) + 0.0:{sign}.{places}f}"  # + 0.0: no -0.00
 
 
-def pandas() -> Any:
+def pandas() -> ModuleType:
     """The library, or what to install."""
     try:
         import pandas

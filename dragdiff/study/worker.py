@@ -19,10 +19,9 @@ from PIL import Image
 from dragdiff import output
 from dragdiff.config import Config, MetricsConfig, StudyConfig, to_yaml
 from dragdiff.editor import Editor, OneModel
-from dragdiff.errors import UserError, one_line
+from dragdiff.errors import DeviceLost, UserError, one_line
 from dragdiff.job import EditResult, Request
 from dragdiff.metrics.suite import Suite, Values, metric_key
-from dragdiff.study.executors import DeviceLost
 from dragdiff.study.plan import Subject, Task, baseline_picture
 from dragdiff.study.store import RESULT, SCORES, Store, StoreError
 

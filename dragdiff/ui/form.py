@@ -14,7 +14,7 @@ from dragdiff.config import Config, UIConfig, config_folder, find_overlay, load_
 from dragdiff.errors import UserError
 from dragdiff.options import as_it_stands, walk
 
-ON_THE_PAGE = ("prompt", "points", "generate.enabled")  # other controls of the page stand for these
+ON_THE_PAGE = ("prompt", "points", "generate.enabled", "method")  # other controls of the page stand for these, or will
 LONGEST = 4000  # characters of a text
 GENERATED_WITH = ("seed", "ddim.steps", "generate.", "model.")  # keys that a generated picture depends on
 

@@ -21,7 +21,7 @@ from dragdiff.errors import UserError
 from dragdiff.models.point_drag import Drag
 from dragdiff.modules import motion, tracking
 from dragdiff.modules.features import FeatureMap
-from dragdiff.ui.worker import Cancelled, Task, too_long
+from dragdiff.ui.tasks import Cancelled, PageTask, too_long
 
 
 class FinishOnRequest(DragCallback):
@@ -53,14 +53,14 @@ class Runner:
         Args:
             send: told where a task is: {"stage", "done", "total", "note"} or {"step", "handles", "preview"}; and, once
                 its model is there, what settings may be with it: {"choices"}.
-            cancel, finish, threads: as for `worker.work`.
+            cancel, finish, threads: as for `process.work`.
         """
         self.send, self.cancel, self.finish = send, cancel, finish
         self._model = OneModel()
         if threads:
             torch.set_num_threads(threads)
 
-    def run(self, task: Task) -> dict[str, Any]:
+    def run(self, task: PageTask) -> dict[str, Any]:
         """
         Returns:
             Facts about the result, as plain values.

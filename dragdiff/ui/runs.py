@@ -15,7 +15,8 @@ from dragdiff.config import Config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
 from dragdiff.methods.method import Stage, total_steps
-from dragdiff.ui.worker import Task, too_long, work
+from dragdiff.ui.process import work
+from dragdiff.ui.tasks import PageTask, too_long
 
 ENDED = ("done", "failed", "cancelled")
 WAY_SHOWN = 400  # handle positions that the page is told of; a longer way is thinned out
@@ -186,7 +187,7 @@ class Queue:
 
     def _serve(self) -> None:
         if self._load is not None:
-            self._do(Task("load", self._load), None)
+            self._do(PageTask("load", self._load), None)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
@@ -197,7 +198,7 @@ class Queue:
                 self._finish.clear()
                 run.status = "running"
                 run.version += 1
-            outcome = self._do(Task(run.kind, run.config, run.sample, run.folder, run.cache, self.minutes), run)
+            outcome = self._do(PageTask(run.kind, run.config, run.sample, run.folder, run.cache, self.minutes), run)
             with self._changed:
                 self._running = None
                 run.facts = {key: value for key, value in outcome.items() if key not in ("status", "message")}
@@ -205,7 +206,7 @@ class Queue:
                 run.version += 1
         self._end_worker()
 
-    def _do(self, task: Task, run: Run | None) -> dict[str, Any]:
+    def _do(self, task: PageTask, run: Run | None) -> dict[str, Any]:
         try:
             self._ensure_worker()
             self._connection.send(task)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dragdiff.aliases import Json
 from dragdiff.errors import UserError
 from dragdiff.ui.runs import Run
 
@@ -38,7 +38,7 @@ class Picture:
     file: Path
     width: int
     height: int
-    generated: dict[str, Any] | None = None
+    generated: Json | None = None
 
 
 @dataclass
@@ -52,10 +52,16 @@ class Visitor:
 
     @property
     def busy(self) -> bool:
+        """Whether one of their runs waits or is in hand."""
         return any(not run.ended for run in list(self.runs.values()))
 
-    def add_picture(self, pixels: np.ndarray, name: str, generated: dict[str, Any] | None = None) -> Picture:
-        """Keep a picture (H, W, 3) uint8 as PNG; the oldest goes where there are too many."""
+    def add_picture(self, pixels: np.ndarray, name: str, generated: Json | None = None) -> Picture:
+        """Keep a picture as PNG; the oldest goes where there are too many.
+
+        Args:
+            pixels: (H, W, 3) uint8.
+            generated: as of `Picture`.
+        """
         id = secrets.token_urlsafe(9)
         file = self.folder / "pictures" / f"{id}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +72,7 @@ class Visitor:
                 oldest.file.unlink(missing_ok=True)
         return picture
 
-    def picture(self, id: Any) -> Picture:
+    def picture(self, id: object) -> Picture:
         """
         Raises:
             UserError: there is none of that id among this visitor's.
@@ -85,12 +91,13 @@ class Visitor:
         return self.runs[id]
 
     def new_folder(self) -> Path:
-        """For a run."""
+        """Make one for a run, empty."""
         folder = self.folder / "runs" / secrets.token_hex(8)
         folder.mkdir(parents=True)
         return folder
 
     def remove_run(self, run: Run) -> None:
+        """Forget a run that has ended, with its files."""
         self.runs.pop(run.id, None)
         shutil.rmtree(run.folder, ignore_errors=True)
 
@@ -103,7 +110,7 @@ class Visitors:
         self._visitors: dict[str, Visitor] = {}
 
     def get(self, secret: str) -> Visitor | None:
-        """The visitor of a cookie, who is now seen."""
+        """The visitor whose secret a cookie holds, who is now seen; None where nobody has it."""
         visitor = self._visitors.get(secret)
         if visitor:
             visitor.seen = self.clock()

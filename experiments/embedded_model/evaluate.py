@@ -20,7 +20,7 @@ from PIL import Image
 
 from dragdiff import Editor
 from dragdiff.data.scenes import KINDS, make_scene
-from dragdiff.metrics.scenes import SceneScore, score
+from dragdiff.metrics.truth import SceneScore, score
 
 
 def summary(scores: list[SceneScore]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from PIL import Image
 from dragdiff import load_config
 from dragdiff.backbones.loading import load_backbone
 from dragdiff.data.scenes import RENDERERS, caption, render, sample_parameters
-from dragdiff.metrics.scenes import psnr
+from dragdiff.metrics.truth import psnr
 from dragdiff.modules.images import to_tensor, to_uint8
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,45 +6,16 @@ import signal
 import traceback
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dragdiff.config import Config
 from dragdiff.errors import UserError, one_line
+from dragdiff.ui.tasks import Cancelled, PageTask
 
 if TYPE_CHECKING:
-    from dragdiff.data.sample import EditSample
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the worker is to do.
-
-    Attributes:
-        kind: "load" (the model only), "generate" or "edit".
-        sample: with its picture, points and mask; None for the other kinds.
-        folder: where results go.
-        cache: where this visitor's LoRAs and inverted latents are kept.
-        minutes: after which it is ended; 0 = never.
-    """
-
-    kind: str
-    config: Config
-    sample: EditSample | None = None
-    folder: Path = Path()
-    cache: Path = Path()
-    minutes: float = 0.0
-
-
-class Cancelled(Exception):
-    """The person does not want it any more."""
-
-
-def too_long(minutes: float) -> str:
-    return f"the run took longer than {minutes:g} minutes and was ended: ask for fewer steps"
+    from dragdiff.ui.one_run import Runner
 
 
 def work(connection: Connection, cancel: Event, finish: Event, threads: int) -> None:
@@ -66,7 +37,7 @@ def work(connection: Connection, cancel: Event, finish: Event, threads: int) -> 
             connection.send(_outcome(runner, task))
 
 
-def _outcome(runner: Any, task: Task) -> dict[str, Any]:
+def _outcome(runner: Runner, task: PageTask) -> dict[str, object]:
     try:
         return {"status": "done"} | runner.run(task)
     except Cancelled:

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from dragdiff import cache
+from dragdiff.aliases import Json
 from dragdiff.config import LoggerConfig, StudyConfig
 from dragdiff.errors import UserError, one_line
 from dragdiff.loggers import check_login, environment, wandb_run, wandb_tags
@@ -34,7 +35,7 @@ NAME = 128  # characters that W&B allows
 
 
 @dataclass(frozen=True)
-class Page:
+class WandbPage:
     """What a W&B run shows.
 
     Attributes:
@@ -47,7 +48,7 @@ class Page:
     id: str
     name: str
     kind: str
-    config: dict[str, Any]
+    config: Json
     tags: list[str] = field(default_factory=list)
     notes: str = ""
     summary: dict[str, float] = field(default_factory=dict)
@@ -85,7 +86,7 @@ def track(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> None:
         return
     folder = Path(store.path(plan.study.name)) if isinstance(store.files, LocalFileSystem) else Path.cwd()
     problem, lost = _out_of_reach(settings), []
-    for page in _pages(plan, store, report_files):
+    for page in pages(plan, store, report_files):
         for offline in [True] if settings.offline or problem else [False, True]:
             try:
                 _send(page, replace(settings, offline=offline), plan.study, folder)
@@ -125,13 +126,13 @@ def _end_service() -> None:
         wandb.teardown()
 
 
-def _send(page: Page, settings: LoggerConfig, study: StudyConfig, folder: Path) -> None:
+def _send(page: WandbPage, settings: LoggerConfig, study: StudyConfig, folder: Path) -> None:
     import wandb
 
-    def cell(value: Any) -> Any:
+    def cell(value: object) -> object:
         return wandb.Image(value) if isinstance(value, Image.Image) else value
 
-    def table(rows: pd.DataFrame) -> Any:
+    def table(rows: pd.DataFrame) -> wandb.Table:
         data = [[cell(value) for value in row] for row in rows.itertuples(index=False, name=None)]
         return wandb.Table(columns=list(rows.columns), data=data)
 
@@ -151,7 +152,7 @@ def _send(page: Page, settings: LoggerConfig, study: StudyConfig, folder: Path) 
     ) as run:
         kept = Path(run.settings.sync_dir)
         with environment(WANDB_DATA_DIR=str(kept)):  # else the tables' pictures are kept in the home folder
-            logged = {name: table(rows) for name, rows in page.tables.items()}
+            logged: dict[str, object] = {name: table(rows) for name, rows in page.tables.items()}
             logged |= {name: wandb.Image(picture) for name, picture in page.pictures.items()}
             if page.trajectory is not None:
                 # a chart of its own: a run's history only grows, and would show what was tracked before as well
@@ -169,7 +170,16 @@ def _send(page: Page, settings: LoggerConfig, study: StudyConfig, folder: Path) 
 # ------------------------------------------------------------------------------------------- what is shown
 
 
-def _pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Iterator[Page]:
+def pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Iterator[WandbPage]:
+    """What is sent of a study: a run for each variant, and one for the whole at the end.
+
+    Args:
+        report_files: as for `track`.
+
+    Raises:
+        UserError: pandas is missing.
+        StoreError: the results can't be read.
+    """
     study, data = plan.study, measured(plan, store)
     means = summary(data)
 
@@ -177,14 +187,14 @@ def _pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Itera
         return cache.digest(project=study.logger.project, results=store.url, study=study.name, variant=variant)
 
     for variant in plan.variants:
-        config: dict[str, Any] = {"study": study.name, "variant": variant.name}
+        config: Json = {"study": study.name, "variant": variant.name}
         tags: list[str] = []
         if not variant.baseline:
             edit = config_of(study, variant, study.seeds[0])
             config, tags = asdict(edit) | {"seeds": list(study.seeds)} | config, wandb_tags(edit)
             del config["seed"]
         samples, notes = _samples(data, store, variant)
-        yield Page(
+        yield WandbPage(
             identity(variant.name),
             variant.name,
             "baseline" if variant.baseline else "variant",
@@ -195,7 +205,7 @@ def _pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Itera
             tables={"samples": samples},
             trajectory=_trajectory(plan, store, variant),
         )
-    yield Page(
+    yield WandbPage(
         identity(None),
         "summary",
         "summary",

@@ -40,7 +40,11 @@ class SceneScore:
 
 
 def score(scene: Scene, image: np.ndarray) -> SceneScore:
-    """Score an edited picture (S, S, 3) uint8 of a scene."""
+    """Compare an edit of a scene with its truth and its source.
+
+    Args:
+        image: (S, S, 3) uint8, the edited picture.
+    """
     mask, source = np.array(scene.sample.mask), scene.sample.image
     displacement = measured_displacement(scene, image)
     return SceneScore(
@@ -99,13 +103,22 @@ def _errors(scene: Scene, image: np.ndarray, displacements: np.ndarray) -> np.nd
 
 
 def psnr(image: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB over the True pixels of a mask (H, W), of uint8 pictures (H, W, 3)."""
+    """Peak signal-to-noise ratio over the True pixels of a mask (H, W), of uint8 pictures (H, W, 3).
+
+    Returns:
+        dB; infinity where they are equal.
+    """
     error = np.square(image[mask].astype(np.float64) - reference[mask]).mean()
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 
 
 def ssim(image: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
-    """Mean structural similarity (torchmetrics, Gaussian window) over the True pixels of a mask (H, W)."""
+    """Mean structural similarity (torchmetrics, Gaussian window) over the True pixels of a mask.
+
+    Args:
+        image, reference: (H, W, 3) uint8.
+        mask: (H, W) bool.
+    """
 
     def tensor(picture: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255

@@ -18,11 +18,11 @@ from dragdiff.config import load_study
 from dragdiff.errors import UserError
 from dragdiff.metrics.suite import metric_key
 from dragdiff.output import SHOWN_SIDE
-from dragdiff.study import tracking
+from dragdiff.study import wandb_runs
 from dragdiff.study.plan import expand
 from dragdiff.study.store import SCORES, Store, StoreError
 from dragdiff.study.table import measured, summary
-from dragdiff.study.tracking import check_tracking, track
+from dragdiff.study.wandb_runs import check_tracking, track
 
 STUDY = {
     "question": "How far?",
@@ -228,10 +228,10 @@ def test_run_of_the_whole(tracked):
 
 
 def test_pictures_of_many_edits_are_a_spread_choice(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "PICTURED", 1)
+    monkeypatch.setattr(wandb_runs, "PICTURED", 1)
     plan, store = make(tmp_path, "logger.offline=true")
     write_results(plan, store)
-    pages = {page.name: page for page in tracking._pages(plan, store, {})}
+    pages = {page.name: page for page in wandb_runs.pages(plan, store, {})}
     rows = pages["identity"].tables["samples"]
     assert rows["edited"].notna().tolist() == rows["source"].notna().tolist() == [True, False]
     assert pages["identity"].notes == "Pictures of 1 of the 2 edits."
@@ -264,13 +264,13 @@ def test_ids_tell_project_results_study_and_variant_apart(tmp_path):
         (tmp_path, "name=n"),
         (tmp_path, "logger.tags=[]"),
     ]
-    ids = [[page.id for page in tracking._pages(*make(*arguments), {})] for arguments in variants]
+    ids = [[page.id for page in wandb_runs.pages(*make(*arguments), {})] for arguments in variants]
     assert ids[0] == ids[4]
     assert len({name for entry in ids[:4] for name in entry}) == 4 * 6
 
 
 def test_without_tracking_there_is_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "measured", lambda *_: pytest.fail("the results were read"))
+    monkeypatch.setattr(wandb_runs, "measured", lambda *_: pytest.fail("the results were read"))
     plan, store = make(tmp_path, "logger.kind=none")
     check_tracking(plan.study)
     track(plan, store, {})
@@ -308,7 +308,7 @@ def test_network_that_fails_under_way(tmp_path, monkeypatch):
             raise wandb.errors.CommError("the line\nis dead")
         return init(**arguments)
 
-    monkeypatch.setattr(tracking, "check_login", lambda _: None)
+    monkeypatch.setattr(wandb_runs, "check_login", lambda _: None)
     monkeypatch.setattr(wandb, "init", dead)
     plan, store = make(tmp_path)
     write_results(plan, store, NAMES[:1])
@@ -321,9 +321,9 @@ def test_network_that_fails_under_way(tmp_path, monkeypatch):
 
 def test_wandb_itself_without_an_answer(tmp_path, monkeypatch):
     """Its process holds on to the id of the run that it could not start."""
-    monkeypatch.setattr(tracking, "check_login", lambda _: None)
+    monkeypatch.setattr(wandb_runs, "check_login", lambda _: None)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setitem(tracking.TIMEOUTS, "init_timeout", 1.0)
+    monkeypatch.setitem(wandb_runs.TIMEOUTS, "init_timeout", 1.0)
     plan, store = make(tmp_path)
     write_results(plan, store, NAMES[:1])
     try:

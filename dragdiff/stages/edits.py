@@ -1,0 +1,114 @@
+"""How an edit of a job begins, from what was asked for, and what it comes to."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import numpy as np
+import torch
+
+from dragdiff import cache, output
+from dragdiff.callbacks import Frames, Spectator
+from dragdiff.job import Edit, EditResult, Job, Request
+from dragdiff.methods.method import Method
+from dragdiff.modules import points
+
+
+def begin(job: Job, method: Method, number: int, request: Request) -> None:
+    """Add an edit to a job, and its picture to the different ones.
+
+    Raises:
+        UserError: its sample does not fit the settings or the method.
+    """
+    sample, config, generate = request.sample, request.config or job.config, job.config.generate
+    method.check(sample)
+    if generate.enabled:  # its picture comes later
+        blank = np.zeros((generate.height, generate.width, 3), np.uint8)
+        working = sample = dataclasses.replace(sample, image=blank)
+    else:
+        working, prompt = sample.resized(config.data.max_size), method.prompt(config, sample.prompt)
+        if prompt != sample.prompt:
+            working = dataclasses.replace(working, prompt=prompt)
+    size, device = working.image.shape[:2], job.model.device
+    grid = points.grid_size(size, config.drag.grid_scale)
+    handles, targets = (
+        points.to_grid(torch.tensor(np.asarray(which)), image_size=size, grid=grid).to(device)
+        for which in (working.handles, working.targets)
+    )
+    keep = None
+    if working.mask is not None:
+        mask, latent_size = torch.from_numpy(np.array(working.mask)), job.model.latent_size(*size)
+        keep = 1 - points.mask_to_latent(mask, grid=grid, latent_size=latent_size).to(device)
+    keys = [(cache.digest(image=picture.image), picture.prompt) for picture in job.pictures]
+    key = (cache.digest(image=working.image), working.prompt)
+    if key not in keys:
+        job.pictures.append(working)
+    edit = Edit(
+        number,
+        keys.index(key) if key in keys else len(keys),
+        request,
+        config,
+        sample,
+        working,
+        points.Points(handles, handles.clone(), targets, grid),
+        keep,
+        torch.Generator().manual_seed(config.seed),
+    )
+    _observe(edit)
+    job.edits.append(edit)
+
+
+def _observe(edit: Edit) -> None:
+    """Give an edit its observers."""
+    request = edit.request
+    log_image = getattr(request.logger, "log_image", None)
+    edit.frames = Frames(
+        draw=lambda picture: output.frame(picture, edit.sample, edit.to_px(edit.trajectory.positions)),
+        every=edit.config.output.frames_every,
+        folder=request.folder and request.folder / "frames",
+        send=lambda picture, step: log_image and log_image("drag/frame", [picture], caption=[f"step {step}"]),
+    )
+    edit.observers = [edit.trajectory, *request.callbacks, edit.frames]  # type: ignore[list-item]
+    if request.watch is not None:
+        edit.observers.append(Spectator(request.watch, edit.trajectory, edit.frames, to_px=edit.to_px))
+
+
+def fix_unmasked(job: Job) -> None:
+    """Let the mask term penalise every change of an edit without a mask, as some published code does."""
+    for edit in job.edits:
+        if edit.keep is None:
+            size = job.model.latent_size(*edit.working.image.shape[:2])
+            edit.keep = torch.ones((1, 1, *size), device=job.model.device)
+
+
+def result(job: Job, edit: Edit, image: np.ndarray) -> EditResult:
+    """What an edit of a job has come to, with its picture (H, W, 3) uint8."""
+    positions, grid, size = edit.trajectory.positions, edit.points.grid, edit.sample.image.shape[:2]
+    frames = [
+        (step, picture, points.to_image(handles, image_size=size, grid=grid).numpy())
+        for step, picture, handles in edit.frames.frames
+    ]
+    return EditResult(
+        sample=edit.sample,
+        image=image,
+        trajectory=edit.to_px(positions or [edit.points.handles]) if edit.stop_reason else None,
+        steps=edit.steps,
+        stop_reason=edit.stop_reason,
+        frames=frames,
+        seconds={stage: seconds / len(job.edits) for stage, seconds in job.seconds.items()},
+        peak_memory_mb=peak_memory_mb(job.model.device),
+        config=edit.config,
+    )
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak of the device's allocator (CUDA), else of this process's resident memory since it began; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
