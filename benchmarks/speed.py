@@ -445,7 +445,7 @@ def overhead(settings: BenchmarkConfig, clock: Clock) -> dict[str, float]:
     and the same maths in a bare loop; the medians over some repetitions, also of what the one takes more than the
     other, with its least and most.
     """
-    plain = {"dtype": "fp32", "autocast": "none", "memory": "normal", "compile": False}
+    plain: dict[str, Any] = {"dtype": "fp32", "autocast": "none", "memory": "normal", "compile": False}
     tiny = dataclasses.replace(settings, model="tiny", size=64, **plain)
     backbone = load(tiny)
     ours, bare = [], []
@@ -503,6 +503,7 @@ def bare_drag(edit: Editor, size: int, clock: Clock) -> float:
             lambda: backbone.predict(latent, t, condition), settings.features, need_output=True
         )
         features = FeatureMap(maps, grid)
+        assert output is not None
         templates = features.at(handles).detach() if templates is None else templates
         if step:
             with torch.no_grad():
