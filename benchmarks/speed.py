@@ -54,12 +54,13 @@ from dragdiff.backbones import lora_file
 from dragdiff.backbones.loading import DTYPES, load_backbone, resolve_device
 from dragdiff.backbones.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
 from dragdiff.backbones.stable_diffusion import StableDiffusion
-from dragdiff.config import STEPS_ON_A_GPU, BenchmarkConfig, Config, find_overlay, load_benchmark, load_config
+from dragdiff.config import Config, find_overlay, load_config
 from dragdiff.errors import UserError
 from dragdiff.modules import ddim, lora, motion, points, tracking
 from dragdiff.modules.features import FeatureMap
 from dragdiff.options import describe
 from report import comparison, read, table
+from settings import STEPS_ON_A_GPU, BenchmarkConfig, load_benchmark
 
 RANDOM = ("sd15-random", "tiny")
 PEAK_STEPS = 2  # what the first frees may be kept for the second

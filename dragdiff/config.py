@@ -470,34 +470,6 @@ class UIConfig:
     threads: int = option(0, "CPU threads of the model; 0 = torch's own choice", at_least(0))
 
 
-STEPS_ON_A_GPU = 16  # that are timed of a stage
-
-
-@dataclass
-class BenchmarkConfig:
-    """What benchmarks/speed.py measures."""
-
-    model: str = option("sd15-random", "sd15-random | tiny (random weights), an overlay, or as model.path")
-    device: str = option("auto", "as model.device")
-    dtype: str = option("fp32", "as model.dtype", one_of("fp32", "bf16", "fp16"))
-    autocast: str = option("auto", "as model.autocast", one_of("auto", "fp16", "bf16", "none"))
-    memory: str = option("normal", "as model.memory", one_of("normal", "low"))
-    compile: bool = option(False, "as model.compile")
-    size: int = option(512, "side of the picture, px", at_least(64))
-    stages: list[str] = option([], "which stages; empty = all")
-    warmup: int = option(2, "first steps of a stage, not timed", at_least(1))
-    steps: int = option(
-        0, f"steps of a stage that are timed, after those; 0 = 1 on a CPU, else {STEPS_ON_A_GPU}", at_least(0)
-    )
-    repeats: int = option(5, "repetitions; 0 = no times, only memory", at_least(0))
-    batch: int = option(
-        1, "edits at once, whose LoRA and drag steps are compared with one by one; 1 = not", at_least(1)
-    )
-    memory_peaks: bool = option(True, "measure memory, each stage in a process of its own")
-    threads: int = option(1, "of the CPU; 0 = torch's own choice", at_least(0))
-    output: str = option("", "JSON file for the results; empty = none")
-
-
 def config_folder() -> Path:
     """The overlays: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -601,7 +573,7 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         UserError: as `load_config`.
     """
-    study = _loaded(StudyConfig, _study_overlays(Path(file)), overrides)
+    study = loaded(StudyConfig, _study_overlays(Path(file)), overrides)
     study.name = study.name or Path(file).stem
     check_values(study)
     if Path(study.name).name != study.name or study.name in ("..", "results", "failures"):
@@ -618,25 +590,15 @@ def load_ui(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> 
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"no file {str(file)!r}: give a YAML file of the page's settings, or key=value")
-    settings = _loaded(UIConfig, [(read_yaml(Path(file)), f"in {file}") for file in files], overrides)
+    settings = loaded(UIConfig, [(read_yaml(Path(file)), f"in {file}") for file in files], overrides)
     check_values(settings)
     if not settings.models:
         raise UserError(f"models is empty: name at least one overlay, e.g. models=[{DEFAULT_OVERLAY}]")
     return settings
 
 
-def load_benchmark(overrides: Sequence[str] = ()) -> BenchmarkConfig:
-    """As `load_config`, of a benchmark's settings, in `key=value`.
-
-    Raises:
-        UserError: as `load_config`.
-    """
-    settings = _loaded(BenchmarkConfig, [], overrides)
-    check_values(settings)
-    return settings
-
-
-def _loaded(kind: type[T], layers: Sequence[Layer], overrides: Sequence[str]) -> T:
+def loaded(kind: type[T], layers: Sequence[Layer], overrides: Sequence[str]) -> T:
+    """A config of a kind from layers, then from `key=value` overrides; its values are not checked."""
     return merged(kind, [*layers, *((read_override(kind, text), f"in {text!r}") for text in overrides)])
 
 

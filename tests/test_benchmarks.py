@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dragdiff.backbones.compilation import Compilation
-from dragdiff.config import BenchmarkConfig
 from dragdiff.errors import UserError
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -73,7 +72,7 @@ def test_a_batch_is_compared_with_as_many_edits_one_by_one(speed, results):
 
 def test_a_batch_does_the_operations_of_its_edits(speed):
     """Also where each picture has a LoRA of its own: of rank 1, as beside the weights its products come on top."""
-    settings = BenchmarkConfig(model="tiny", size=64)
+    settings = speed.BenchmarkConfig(model="tiny", size=64)
     edit, counts = speed.editor(settings, speed.load(settings), steps=2, adapter="", lora={"rank": 1}), []
     for count in (1, 2):
         counter, before, found = FlopCounterMode(display=False, custom_mapping=speed.UNCOUNTED), {}, {}
@@ -91,7 +90,7 @@ def test_a_batch_does_the_operations_of_its_edits(speed):
 
 
 def test_memory_that_is_too_small_for_a_batch_is_not_timed_as_half_of_it(speed, monkeypatch):
-    settings = BenchmarkConfig(model="tiny", size=64)
+    settings = speed.BenchmarkConfig(model="tiny", size=64)
     edit = speed.editor(settings, speed.load(settings), steps=1, adapter="")
 
     tried = []
@@ -109,7 +108,7 @@ def test_memory_that_is_too_small_for_a_batch_is_not_timed_as_half_of_it(speed, 
 
 
 def test_an_edit_that_failed_is_said(speed, monkeypatch):
-    settings = BenchmarkConfig(model="tiny", size=64)
+    settings = speed.BenchmarkConfig(model="tiny", size=64)
     edit = speed.editor(settings, speed.load(settings), steps=1, adapter="")
 
     def fails(job, *_, **__):
@@ -123,7 +122,7 @@ def test_an_edit_that_failed_is_said(speed, monkeypatch):
 
 @pytest.mark.slow
 def test_nothing_is_compiled_in_a_step_that_is_measured(speed):
-    settings = BenchmarkConfig(model="tiny", size=64, compile=True)
+    settings = speed.BenchmarkConfig(model="tiny", size=64, compile=True)
     backbone, graphs, counted = speed.load(settings), [], {}
 
     def backend(graph, inputs):
@@ -149,14 +148,14 @@ def test_nothing_is_compiled_in_a_step_that_is_measured(speed):
 
 def test_a_drag_is_timed_from_the_end_of_its_first_steps_on(speed):
     """The clock has ticked once between the end of the first two steps and that of the third."""
-    settings, ticks = BenchmarkConfig(model="tiny", size=64, warmup=2, steps=1), itertools.count(100)
+    settings, ticks = speed.BenchmarkConfig(model="tiny", size=64, warmup=2, steps=1), itertools.count(100)
     edit = speed.editor(settings, speed.load(settings), steps=3, adapter="")
     assert speed.step_seconds(edit, ["drag, mask"], settings, lambda: next(ticks)) == {"drag, mask": 1}
 
 
 def test_the_frameworks_share_is_timed_from_the_first_step_in_both(speed):
     ticks = itertools.count(100)
-    found = speed.overhead(BenchmarkConfig(model="tiny", size=64), lambda: next(ticks))
+    found = speed.overhead(speed.BenchmarkConfig(model="tiny", size=64), lambda: next(ticks))
     assert found["product_ms"] == found["bare_ms"] == pytest.approx(1e3 / 3)  # the clock has ticked once in three steps
     assert found["added_low"] == found["added_ms"] == found["added_high"] == 0
 
@@ -165,7 +164,7 @@ def test_a_bare_forward_runs_where_no_edit_has_changed_anything(speed, monkeypat
     def here(*args, **kwargs):
         raise AssertionError("it ran in the process of the edit")
 
-    settings = BenchmarkConfig(model="tiny", size=64, repeats=1)
+    settings = speed.BenchmarkConfig(model="tiny", size=64, repeats=1)
     backbone = speed.load(settings)
     monkeypatch.setattr(speed, "bare_forward", here)
     seconds, forwards = speed.times(
@@ -176,7 +175,7 @@ def test_a_bare_forward_runs_where_no_edit_has_changed_anything(speed, monkeypat
 
 def test_memory_of_a_stage(speed):
     """In a process of its own: elsewhere what others have freed may go back to the system meanwhile."""
-    found = speed.peaks(BenchmarkConfig(model="tiny", size=64), "", ["lora"])["lora"]
+    found = speed.peaks(speed.BenchmarkConfig(model="tiny", size=64), "", ["lora"])["lora"]
     assert found["peak_mb"] >= found["loaded_mb"] > 0
 
 
