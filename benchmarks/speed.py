@@ -11,9 +11,9 @@ those after them are averaged; decoding has one step, which is. A bare forward o
 before each stage and just after it, twice for the same reason, of which the second counts; a ratio is the median over
 the repetitions of the stage by the mean of the forwards. They run in a process of their own, with the model once more:
 in that of an edit they would gain from what it sets there, on a CPU by memory that is kept for reuse, and would not be
-what a user has without it. Speed does not depend on the weights. What
-`compile=true` compiles, and compares with what it replaces, it does in a stage's first step; the forward, the counts
-and the framework's share are never compiled, so that ratios can be compared. On a CPU with one thread the clock is the
+what a user has without it. Speed does not depend on the weights. `compile=true` compares gradients before an edit's
+first stage, and compiles for what is new in a stage in its first step; the forward, the counts and the framework's
+share are never compiled, so that ratios can be compared. On a CPU with one thread the clock is the
 process's CPU time, else the wall's. Peaks of memory are measured apart, each stage in a process of its own: on a CPU
 resident memory, on a GPU the allocator's. Previews (`output.frames_every`) are left out of the times; the peaks include
 one. `batch=N` adds what a LoRA step and a drag step of N edits take at once, each picture with its own LoRA, against
@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -49,24 +50,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dragdiff import Editor, EditSample, Request
+from dragdiff.backbones import lora_file
 from dragdiff.backbones.loading import DTYPES, load_backbone, resolve_device
 from dragdiff.backbones.single_file import PAD_TOKENS, SHIPPED, clip_tokenizer
 from dragdiff.backbones.stable_diffusion import StableDiffusion
-from dragdiff.callbacks import DragCallback
-from dragdiff.config import (
-    STEPS_ON_A_GPU,
-    BenchmarkConfig,
-    Config,
-    describe,
-    find_overlay,
-    load_benchmark,
-    load_config,
-)
+from dragdiff.config import Config, find_overlay, load_config
 from dragdiff.errors import UserError
-from dragdiff.models.point_drag import Drag
 from dragdiff.modules import ddim, lora, motion, points, tracking
-from dragdiff.modules.features import FeatureMap, forward_with_features
+from dragdiff.modules.features import FeatureMap
+from dragdiff.options import describe
 from report import comparison, read, table
+from settings import STEPS_ON_A_GPU, BenchmarkConfig, load_benchmark
 
 RANDOM = ("sd15-random", "tiny")
 PEAK_STEPS = 2  # what the first frees may be kept for the second
@@ -215,16 +209,16 @@ def run_edit(
     *,
     count: int = 1,
     logger: Logger | None = None,
-    callbacks: Sequence[DragCallback] = (),
 ) -> None:
     """Edit until the stages of these names are done.
 
     Args:
-        watch: told of a measured stage, the steps done in it and its steps in all; on a GPU of a drag's only when the
-            host looks at it.
+        watch: told of a measured stage, the steps done in it and its steps in all.
         count: pictures that are edited at once.
         logger: of the first.
-        callbacks: of each drag.
+
+    Raises:
+        UserError: the edit failed, or memory is too small for so many at once.
     """
     names = {STAGES[name].reports: name for name in measured}
     done: set[str] = set()
@@ -237,14 +231,19 @@ def run_edit(
             raise _Enough
 
     edit.report = report
+    samples = [make_sample(size, masked=STAGES[measured[0]].masked, number=number) for number in range(count)]
+    requests = [Request(sample, logger=None if number else logger) for number, sample in enumerate(samples)]
     try:
-        # not `edit_batch`, which would go on in halves where memory is too small
-        samples = [make_sample(size, masked=STAGES[measured[0]].masked, number=number) for number in range(count)]
-        edit._edit_batch(
-            [Request(s, logger=None if number else logger, callbacks=callbacks) for number, s in enumerate(samples)]
-        )
+        with warnings.catch_warnings():
+            # that a batch goes on in halves, which would be timed in its place
+            warnings.filterwarnings("error", message="the device's memory is too small", category=UserWarning)
+            for result in edit.edit_batch(requests):
+                if isinstance(result, UserError):
+                    raise result
     except _Enough:
         pass
+    except UserWarning:
+        raise UserError(f"the device's memory is too small for {count} edits at once: set a smaller batch") from None
     finally:
         edit.report = lambda stage, done, total, note: None
     if done != set(names):
@@ -258,16 +257,16 @@ def bare_forward(edit: Editor, size: int, *, rows: int, autocast: bool) -> Calla
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn((rows, backbone.latent_channels, *backbone.latent_size(size, size)), generator=generator)
     width = backbone.network.config.cross_attention_dim
-    embeddings = torch.randn((rows, 77, width), generator=generator)
-    latents, embeddings = (x.to(backbone.device, backbone.network.dtype) for x in (latents, embeddings))
+    text = torch.randn((rows, 77, width), generator=generator)
+    latents, text = (x.to(backbone.device, backbone.network.dtype) for x in (latents, text))
     t = torch.tensor(500, device=backbone.device)
 
     @torch.no_grad()
     def forward() -> None:
         mixed = autocast and edit.autocast != "none"
         half = torch.float16 if edit.autocast == "fp16" else torch.bfloat16
-        with torch.autocast(backbone.device.type, dtype=half) if mixed else nullcontext(), backbone.compilation.off():
-            backbone.network(latents, t, encoder_hidden_states=embeddings)
+        with torch.autocast(backbone.device.type, dtype=half) if mixed else nullcontext():
+            backbone.network(latents, t, encoder_hidden_states=text)
 
     return forward
 
@@ -370,16 +369,6 @@ def _forward_seconds(stage: Stage) -> float:
     return clock.time(forward)
 
 
-class Look(DragCallback):
-    """Has the host look at a drag after so many steps, and so report it; a GPU then waits for it."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def reads(self, drag: Drag) -> bool:
-        return drag.steps_done + 1 == self.after
-
-
 def step_seconds(
     edit: Editor,
     measured: Sequence[str],
@@ -408,7 +397,7 @@ def step_seconds(
         if step == total - counted:
             started = clock()
 
-    run_edit(edit, measured, settings.size, watch, count=count, callbacks=[Look(settings.warmup)])
+    run_edit(edit, measured, settings.size, watch, count=count)
     return found
 
 
@@ -457,7 +446,7 @@ def overhead(settings: BenchmarkConfig, clock: Clock) -> dict[str, float]:
     and the same maths in a bare loop; the medians over some repetitions, also of what the one takes more than the
     other, with its least and most.
     """
-    plain = {"dtype": "fp32", "autocast": "none", "memory": "normal", "compile": False}
+    plain: dict[str, Any] = {"dtype": "fp32", "autocast": "none", "memory": "normal", "compile": False}
     tiny = dataclasses.replace(settings, model="tiny", size=64, **plain)
     backbone = load(tiny)
     ours, bare = [], []
@@ -487,7 +476,7 @@ def overhead(settings: BenchmarkConfig, clock: Clock) -> dict[str, float]:
 
 
 def bare_drag(edit: Editor, size: int, clock: Clock) -> float:
-    """Seconds of a step of the masked drag without `LatentDrag`, Trainer, callbacks and log."""
+    """Seconds of a step of the masked drag without `PointDrag`, Trainer, callbacks and log."""
     backbone, settings = edit.backbone, edit.config.drag
     sample, grid = make_sample(size, masked=True), points.grid_size((size, size), settings.grid_scale)
     handles, targets = (
@@ -501,19 +490,21 @@ def bare_drag(edit: Editor, size: int, clock: Clock) -> float:
     alpha_to = ddim.alpha_before(scheduler, index)
     backbone.network.requires_grad_(False)
     with torch.no_grad():
-        embeddings = backbone.embed([sample.prompt])
+        condition = backbone.condition([sample.prompt])
     shape = (1, backbone.latent_channels, *backbone.latent_size(size, size))
     latent = torch.randn(shape, device=backbone.device, requires_grad=True)
     keep = torch.ones((1, 1, *shape[2:]), device=backbone.device)
     optimizer = torch.optim.Adam([latent], lr=settings.lr)
-    blocks = [backbone.feature_block(name) for name in settings.features]
     initial = templates = None
     started = 0.0
     for step in range(OVERHEAD_STEPS):
         if step == 1:
             started = clock()
-        output, maps = forward_with_features(lambda: backbone.predict(latent, t, embeddings), blocks, need_output=True)
+        output, maps = backbone.with_features(
+            lambda: backbone.predict(latent, t, condition), settings.features, need_output=True
+        )
         features = FeatureMap(maps, grid)
+        assert output is not None
         templates = features.at(handles).detach() if templates is None else templates
         if step:
             with torch.no_grad():
@@ -658,8 +649,10 @@ def _autocast(settings: BenchmarkConfig, backbone: StableDiffusion) -> str:
 
 def _random_lora(backbone: StableDiffusion, folder: Path) -> str:
     """A LoRA of the default rank, so that an edit has one to merge without training it."""
-    with lora.injected(backbone.network, backbone.lora_targets, rank=Config().lora.rank, alpha=1.0, seed=0):
-        return str(lora.save(lora.extract(lora.parameters(backbone.network), scale=1.0), folder))
+    rank = Config().lora.rank
+    start = lora.trainable(backbone.network, backbone.lora_targets, rank=rank, alpha=float(rank), seed=0, pictures=1)
+    with start as (_, current):
+        return str(lora_file.save(current(0), folder))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -670,7 +663,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="all keys, with their defaults:\n\n" + describe(BenchmarkConfig).replace("%", "%%"),
+        epilog="all keys, with their defaults:\n\n" + describe(BenchmarkConfig()).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="key=value")

@@ -4,8 +4,8 @@
     python benchmarks/yardstick.py make after           # with the code of now
     python benchmarks/yardstick.py compare before after
 
-All cases run through the command line with the embedded model, each with a cache of its own, on one CPU thread. Where no
-LoRA is trained the pictures and the tracked distances must be equal; where one is, its losses must agree within 1e-4
+All cases run through the command line with the embedded model, each with a cache of its own, on one CPU thread. Where
+no LoRA is trained the pictures and the tracked distances must be equal; where one is, its losses must agree within 1e-4
 (relative) and the pictures within one level of 255. Compare on one machine: bytes differ between kinds of processor.
 """
 

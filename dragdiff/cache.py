@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
 
+T = TypeVar("T")
 VERSION = 1  # raised when a stage computes something else from the same inputs; results of studies bear it, too
 TENSORS = "tensors.safetensors"
 STAGES = ("lora", "inversion", "prompt")  # folders of the cache
@@ -74,7 +75,7 @@ def fingerprint(*modules: nn.Module, state: Sequence[str] = ()) -> str:
     return digest(weights=sums, configs=json.dumps(configs, default=str), state=json.dumps(found, default=str))
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def _settings(config: object) -> dict[str, object]:
     """Of a model of diffusers or transformers, without where it is from and what saving it adds."""
     plain = config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
     added = ("architectures", "dtype", "torch_dtype", "transformers_version")
@@ -105,7 +106,7 @@ class StageCache:
         """
         self.folder, self.limit = folder, limit
 
-    def find(self, key: str, *, load: Callable[[Path], Any]) -> Any:
+    def find(self, key: str, *, load: Callable[[Path], T]) -> T | None:
         """The entry of that key, loaded; None if there is none, one that can't be read, or a damaged one, which is
         removed.
 
@@ -132,8 +133,8 @@ class StageCache:
         return value
 
     def get(
-        self, key: str, *, make: Callable[[], Any], save: Callable[[Any, Path], Any], load: Callable[[Path], Any]
-    ) -> Any:
+        self, key: str, *, make: Callable[[], T], save: Callable[[T, Path], object], load: Callable[[Path], T]
+    ) -> T:
         """The entry of that key, loaded; or what `make` gives, saved for the next time."""
         value = self.find(key, load=load)
         if value is None:
@@ -141,7 +142,7 @@ class StageCache:
             self.put(key, value, save=save)
         return value
 
-    def put(self, key: str, value: Any, *, save: Callable[[Any, Path], Any]) -> None:
+    def put(self, key: str, value: T, *, save: Callable[[T, Path], object]) -> None:
         """Keep a value for the next time. A cache that can't be written only costs time: a warning says so."""
         if self.folder is None:
             return
@@ -188,7 +189,7 @@ class StageCache:
     def __contains__(self, key: str) -> bool:
         return self.folder is not None and _exists(self.folder / key)
 
-    def _once_more(self, entry: Path, load: Callable[[Path], Any]) -> Any:
+    def _once_more(self, entry: Path, load: Callable[[Path], T]) -> T | None:
         """What was damaged, if another process has made it anew by now; else None, and it is deleted.
 
         In a cache that can only be read, or where no lock can be had, it stays.
@@ -255,7 +256,7 @@ class StageCache:
                 yield from (Path(entry.path) for entry in found if NAME.match(entry.name))
 
 
-def _read(entry: Path, load: Callable[[Path], Any]) -> Any:
+def _read(entry: Path, load: Callable[[Path], T]) -> T:
     if (entry / CHECKSUM).read_bytes() != _checksum(entry):
         raise UserError("its checksum differs")
     return load(entry)

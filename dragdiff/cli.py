@@ -1,4 +1,5 @@
-"""The command line: `dragdiff VERB` with edit, train, ui, study, report, convert; the top-level `edit.py`, `train.py`.
+"""The command line: `dragdiff VERB` with edit, train, methods, ui, study, report, convert; and the top-level `edit.py`
+and `train.py`.
 
 Only argparse and OmegaConf are imported here: `--help` and most mistakes answer at once.
 """
@@ -33,6 +34,8 @@ EDIT_HELP = f"""Drag one image, or each sample of a folder; results go to output
   {{prog}}                                  an embedded example with the embedded model
   {{prog}} configs/sd15.yaml image=cat.jpg prompt="a cat" points="[[[120,200],[180,200]]]" mask=mask.png
   {{prog}} configs/sd15.yaml sample=DragBench/animals
+  {{prog}} configs/sd15.yaml sample=DragBench/animals method=NAME
+                                          by another published method: `dragdiff methods` lists them
   {{prog}} configs/sd15.yaml generate.enabled=true prompt="a cat"
   {{prog}} outputs/cat/config.yaml          repeats a run
   dragdiff convert DragBench plain_samples  pickled samples to plain files
@@ -66,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = {
         "edit": (main_edit, "drag one image, or a folder of samples"),
         "train": (main_train, "fine-tune a LoRA on one image"),
+        "methods": (main_methods, "list the published methods, or say all of one"),
         "ui": (main_ui, "open the web page: draw, drag, watch"),
         "study": (main_study, "run a study: variants of the settings over a data set"),
         "report": (main_report, "tables, plots and a gallery of what a study has found"),
@@ -86,14 +90,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def main_edit(argv: Sequence[str] | None = None, *, prog: str = "python edit.py") -> int:
+    """`dragdiff edit`, with these arguments instead of the command line\'s; its exit code."""
     return run(edit, _config_parser(prog, EDIT_HELP), argv)
 
 
 def main_train(argv: Sequence[str] | None = None, *, prog: str = "python train.py") -> int:
+    """`dragdiff train`, with these arguments instead of the command line\'s; its exit code."""
     return run(train, _config_parser(prog, TRAIN_HELP), argv)
 
 
+def main_methods(argv: Sequence[str] | None = None, *, prog: str = "dragdiff methods") -> int:
+    """`dragdiff methods`, with these arguments instead of the command line\'s; its exit code."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="The published methods; `method=NAME` has one edit.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="say all of this one; without it, list them")
+    return run(list_methods, parser, argv)
+
+
 def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study") -> int:
+    """`dragdiff study`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s STUDY.yaml [key=value ...] [--plan] [--retry-failed] [--wandb-sweep FILE]",
@@ -112,6 +129,7 @@ def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study
 
 
 def main_report(argv: Sequence[str] | None = None, *, prog: str = "dragdiff report") -> int:
+    """`dragdiff report`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s STUDY [key=value ...] [--brief]",
@@ -125,6 +143,7 @@ def main_report(argv: Sequence[str] | None = None, *, prog: str = "dragdiff repo
 
 
 def main_ui(argv: Sequence[str] | None = None, *, prog: str = "dragdiff ui") -> int:
+    """`dragdiff ui`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [PAGE.yaml ...] [key=value ...]",
@@ -137,6 +156,7 @@ def main_ui(argv: Sequence[str] | None = None, *, prog: str = "dragdiff ui") -> 
 
 
 def main_convert(argv: Sequence[str] | None = None, *, prog: str = "dragdiff convert") -> int:
+    """`dragdiff convert`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Copy samples of any known format (DragBench, Drag100, ...) into the plain folder format.",
@@ -260,6 +280,14 @@ def _train_one(editor: Editor, requests: Sequence[Request]) -> list[str | UserEr
         trained = editor.finetune(sample, folder=folder, logger=logger)
     assert trained is not None
     return [f"wrote {lora_file.save(trained, folder)}; use it with lora.path={folder}"]
+
+
+def list_methods(arguments: argparse.Namespace) -> int:
+    """Say which methods there are, or what one is."""
+    from dragdiff import catalogue
+
+    print(catalogue.details(arguments.name) if arguments.name else catalogue.overview())
+    return 0
 
 
 def study(arguments: argparse.Namespace) -> int:
@@ -447,7 +475,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         if path and not os.path.exists(path):
             raise UserError(f"lora.{key} is {path!r}: no such file or folder")
         setattr(config.lora, key, path)
-    for section, key in [(config, "sample"), (config.model, "path"), (config.model, "vae")]:
+    for section, key in [(config, "sample"), *((config.model, part) for part in ("path", "vae", "unet"))]:
         path = _absolute(getattr(section, key))
         if path and os.path.exists(path):  # else a hub id, example:NAME or scene:NAME
             setattr(section, key, path)

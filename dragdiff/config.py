@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from dragdiff import methods
+from dragdiff.aliases import Json
 from dragdiff.errors import UserError
 from dragdiff.methods.method import Method
 from dragdiff.options import (
     Layer,
+    Values,
     as_it_stands,
     at_least,
     check_values,
@@ -335,7 +337,7 @@ class Config:
         return _unpickled, (self.method, vars(self))
 
 
-def _unpickled(method: str, values: dict[str, Any]) -> Config:
+def _unpickled(method: str, values: Json) -> Config:
     return config_class(method)(**values)
 
 
@@ -410,11 +412,11 @@ class StudyConfig:
     name: str = option("", "of its folder below results; empty = the file's name")
     extends: str = option("", "a study file that this one starts from, relative to it")
     base: list[str] = option([DEFAULT_OVERLAY], "overlays that all variants start from")
-    settings: dict[str, Any] = option({}, "settings that all variants share, over base")
+    settings: Json = option({}, "settings that all variants share, over base")
     data: StudyDataConfig = field(default_factory=StudyDataConfig)
-    grid: dict[str, Any] = option({}, "key: values, ...; a variant for each combination")
+    grid: Json = option({}, "key: values, ...; a variant for each combination")
     variants: list[Any] = option([], "settings of each variant, instead of a grid")
-    random: dict[str, Any] = option(
+    random: Json = option(
         {},
         "key: values, or {low, high, log: true}, ...; variants drawn at random, instead of a grid",
     )
@@ -468,34 +470,6 @@ class UIConfig:
     threads: int = option(0, "CPU threads of the model; 0 = torch's own choice", at_least(0))
 
 
-STEPS_ON_A_GPU = 16  # that are timed of a stage: some of the host's looks at a drag are among them
-
-
-@dataclass
-class BenchmarkConfig:
-    """What benchmarks/speed.py measures."""
-
-    model: str = option("sd15-random", "sd15-random | tiny (random weights), an overlay, or as model.path")
-    device: str = option("auto", "as model.device")
-    dtype: str = option("fp32", "as model.dtype", one_of("fp32", "bf16", "fp16"))
-    autocast: str = option("auto", "as model.autocast", one_of("auto", "fp16", "bf16", "none"))
-    memory: str = option("normal", "as model.memory", one_of("normal", "low"))
-    compile: bool = option(False, "as model.compile")
-    size: int = option(512, "side of the picture, px", at_least(64))
-    stages: list[str] = option([], "which stages; empty = all")
-    warmup: int = option(2, "first steps of a stage, not timed", at_least(1))
-    steps: int = option(
-        0, f"steps of a stage that are timed, after those; 0 = 1 on a CPU, else {STEPS_ON_A_GPU}", at_least(0)
-    )
-    repeats: int = option(5, "repetitions; 0 = no times, only memory", at_least(0))
-    batch: int = option(
-        1, "edits at once, whose LoRA and drag steps are compared with one by one; 1 = not", at_least(1)
-    )
-    memory_peaks: bool = option(True, "measure memory, each stage in a process of its own")
-    threads: int = option(1, "of the CPU; 0 = torch's own choice", at_least(0))
-    output: str = option("", "JSON file for the results; empty = none")
-
-
 def config_folder() -> Path:
     """The overlays: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -518,9 +492,7 @@ def find_overlay(name: str | Path) -> Path:
     raise UserError(f"no config file {str(name)!r}: give a YAML file, or one of the shipped overlays {names}")
 
 
-def load_config(
-    files: Sequence[str | Path | dict[str, Any]] = (), overrides: Sequence[str | dict[str, Any]] = ()
-) -> Config:
+def load_config(files: Sequence[str | Path | Json] = (), overrides: Sequence[str | Json] = ()) -> Config:
     """Merge defaults, the method's published values, overlays in order, then overrides, and check the result.
 
     An overlay's plain keys in the shared sections (`METHODS_OWN`) are meant for the method that it names, else for the
@@ -559,7 +531,7 @@ def load_config(
     return config
 
 
-def _chosen(overlays: Sequence[Layer], overrides: Sequence[str | dict[str, Any]]) -> str:
+def _chosen(overlays: Sequence[Layer], overrides: Sequence[str | Json]) -> str:
     """The method that the last of the layers names."""
     named = [overlay.get("method") for overlay, _ in overlays]
     for override in overrides:
@@ -570,7 +542,7 @@ def _chosen(overlays: Sequence[Layer], overrides: Sequence[str | dict[str, Any]]
     return str(next((name for name in reversed(named) if name is not None), DEFAULT_METHOD))
 
 
-def _meant_for(method: Method, overlay: dict[Any, Any], where: str) -> list[Layer]:
+def _meant_for(method: Method, overlay: Values, where: str) -> list[Layer]:
     """What an overlay wants of a method."""
     theirs = str(overlay.get("method", DEFAULT_METHOD))
     own = overlay.get("methods", {})
@@ -601,7 +573,7 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         UserError: as `load_config`.
     """
-    study = _loaded(StudyConfig, _study_overlays(Path(file)), overrides)
+    study = loaded(StudyConfig, _study_overlays(Path(file)), overrides)
     study.name = study.name or Path(file).stem
     check_values(study)
     if Path(study.name).name != study.name or study.name in ("..", "results", "failures"):
@@ -618,25 +590,15 @@ def load_ui(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> 
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"no file {str(file)!r}: give a YAML file of the page's settings, or key=value")
-    settings = _loaded(UIConfig, [(read_yaml(Path(file)), f"in {file}") for file in files], overrides)
+    settings = loaded(UIConfig, [(read_yaml(Path(file)), f"in {file}") for file in files], overrides)
     check_values(settings)
     if not settings.models:
         raise UserError(f"models is empty: name at least one overlay, e.g. models=[{DEFAULT_OVERLAY}]")
     return settings
 
 
-def load_benchmark(overrides: Sequence[str] = ()) -> BenchmarkConfig:
-    """As `load_config`, of a benchmark's settings, in `key=value`.
-
-    Raises:
-        UserError: as `load_config`.
-    """
-    settings = _loaded(BenchmarkConfig, [], overrides)
-    check_values(settings)
-    return settings
-
-
-def _loaded(kind: type[T], layers: Sequence[Layer], overrides: Sequence[str]) -> T:
+def loaded(kind: type[T], layers: Sequence[Layer], overrides: Sequence[str]) -> T:
+    """A config of a kind from layers, then from `key=value` overrides; its values are not checked."""
     return merged(kind, [*layers, *((read_override(kind, text), f"in {text!r}") for text in overrides)])
 
 

@@ -208,7 +208,11 @@ class Job:
         return f"{self.config.model.dtype}, autocast {self.autocast}, {self.model.device.type}"
 
     def condition(self, prompts: Sequence[str]) -> Condition:
-        """What prompts tell the network, a row for each, or from the cache."""
+        """What prompts tell the network, computed or from the cache.
+
+        Returns:
+            A row for each prompt, on the model's device.
+        """
         tokens = self.model.tokenize(prompts)
         with torch.no_grad():
             if not self.config.cache.enabled:
@@ -233,5 +237,9 @@ class Job:
 
 
 def replaced_picture(edit: Edit, image: np.ndarray) -> None:
-    """Give an edit another source picture (H, W, 3) uint8 of the same size."""
+    """Give an edit another source picture.
+
+    Args:
+        image: (H, W, 3) uint8, of the size of the one before.
+    """
     edit.sample = edit.working = dataclasses.replace(edit.sample, image=image)

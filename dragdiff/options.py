@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dragdiff.errors import UserError, one_line
 
 T = TypeVar("T")
-Layer = tuple[dict[Any, Any], str]  # settings, and where they are from, for messages
+Values = dict[Any, Any]  # settings by dotted or plain keys, sections nested
+Layer = tuple[Values, str]  # settings, and where they are from, for messages
 
 
 class Check(NamedTuple):
@@ -79,7 +80,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+def walk(config: object, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     """Each option of a config as (dotted key, field, value), sections flattened."""
     for f in fields(config):
         value = getattr(config, f.name)
@@ -89,7 +90,7 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
             yield f"{prefix}{f.name}", f, value
 
 
-def check_values(config: Any) -> None:
+def check_values(config: object) -> None:
     """Refuse values out of range, NaN and infinity.
 
     Raises:
@@ -105,10 +106,14 @@ def check_values(config: Any) -> None:
             raise UserError(f"{key} is {value!r}: it must be {allowed.words}")
 
 
-def describe(config: object) -> str:
-    """Every key of a config with its value and explanation, for --help."""
+def describe(config: object, *, prefix: str = "") -> str:
+    """Every key of a config with its value and explanation, for --help.
+
+    Args:
+        prefix: of a section that is described by itself, e.g. "drag.".
+    """
     lines = []
-    for key, f, value in walk(config):
+    for key, f, value in walk(config, prefix):
         allowed = f"  [{f.metadata['check'].words}]" if f.metadata["check"] else ""
         shown = "''" if value == "" else value
         lines.append(f"  {key}={shown}\n      {f.metadata['explanation']}{allowed}")
@@ -132,7 +137,7 @@ def merged(kind: type[T], layers: Sequence[Layer]) -> T:
     return config
 
 
-def read_yaml(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path) -> Values:
     """What a YAML file holds.
 
     Raises:
@@ -147,7 +152,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return overlay
 
 
-def read_override(kind: type, override: str) -> dict[Any, Any]:
+def read_override(kind: type, override: str) -> Values:
     """What `key=value` says: text as it stands, anything else in YAML.
 
     Raises:
@@ -166,7 +171,11 @@ def read_override(kind: type, override: str) -> dict[Any, Any]:
 
 
 def as_it_stands(value: Any) -> Any:
-    """The same for OmegaConf, which would take `${` in a text for a reference to another key or the environment."""
+    """The same for OmegaConf, which would take `${` in a text for a reference to another key or the environment.
+
+    Args:
+        value: a text, or lists and dicts that hold some.
+    """
     if isinstance(value, dict):
         return {key: as_it_stands(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -174,8 +183,12 @@ def as_it_stands(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def flat(settings: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their dotted keys, sections flattened."""
+def flat(settings: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings with sections flattened.
+
+    Returns:
+        Dotted keys with their values.
+    """
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")
@@ -184,7 +197,11 @@ def flat(settings: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def nearest_key(key: str, kind: type) -> str:
-    """The key of a kind of config that looks most like this one."""
+    """The key of a kind of config that looks most like a misspelt one.
+
+    Args:
+        kind: a dataclass of options.
+    """
     return difflib.get_close_matches(key, sorted(_defaults(kind)), n=1, cutoff=0.0)[0]
 
 
@@ -203,7 +220,7 @@ _KINDS = {
 }
 
 
-def _merge(kind: type, config: DictConfig, layer: dict[Any, Any], where: str, prefix: str = "") -> None:
+def _merge(kind: type, config: DictConfig, layer: Values, where: str, prefix: str = "") -> None:
     defaults = _defaults(kind)
     for name, value in layer.items():
         key = f"{prefix}{name}"

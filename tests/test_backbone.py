@@ -1,4 +1,4 @@
-"""Stable Diffusion behind the `Backbone` interface: its structure, its parts, its schedules."""
+"""Stable Diffusion behind the `Diffusion` interface: its structure, its parts, its schedules."""
 
 import warnings
 
@@ -14,11 +14,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from dragdiff.backbones.loading import DTYPES, load_backbone, skeleton
-from dragdiff.backbones.stable_diffusion import StableDiffusion, freeu
+from dragdiff.backbones.loading import DTYPES, load_backbone, structure
+from dragdiff.backbones.stable_diffusion import StableDiffusion, feature_strides, freeu, self_attention_layers
 from dragdiff.config import load_config
 from dragdiff.errors import UserError
-from dragdiff.modules import backbone as module
 from dragdiff.modules import ddim
 
 
@@ -75,11 +74,11 @@ def observe(unet, names) -> list[tuple[str, torch.Size]]:
 
 
 def check_structure(unet) -> None:
-    strides = module.feature_strides(unet)
+    strides = feature_strides(unet)
     expected = [(name, (16 // stride, 16 // stride)) for name, stride in strides.items()]
     assert [(name, tuple(size[2:])) for name, size in observe(unet, strides)] == expected
     every = [name for name, part in unet.named_modules() if name.endswith("attn1")]
-    layers = module.self_attention_layers(unet)
+    layers = self_attention_layers(unet)
     assert [name for name, _ in observe(unet, every)] == layers and len(layers) == len(every)
 
 
@@ -109,11 +108,14 @@ def test_stable_diffusion_1(backbone):
         backbone.feature_block("up_blocks.4")
 
 
-def test_the_skeleton_has_the_models_structure_and_no_weights(tiny_sd, backbone):
-    bones = skeleton(settings(tiny_sd))
-    assert module.feature_strides(bones) == backbone.feature_strides
-    assert module.self_attention_layers(bones) == backbone.self_attention_layers
-    assert {parameter.device.type for parameter in bones.parameters()} == {"meta"}
+def test_the_structure_is_the_models_and_takes_no_weights(tiny_sd, backbone, monkeypatch):
+    built = []
+    build = UNet2DConditionModel.from_config
+    monkeypatch.setattr(UNet2DConditionModel, "from_config", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
+    found = structure(settings(tiny_sd))
+    assert found.features == list(backbone.feature_strides)
+    assert found.self_attention_layers == backbone.self_attention_layers
+    assert {parameter.device.type for unet in built for parameter in unet.parameters()} == {"meta"}
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -131,31 +133,34 @@ def test_encode_and_decode_are_the_autoencoders(backbone):
 
 
 @pytest.mark.parametrize("prompts", [["a photo of a cat"], [""], ["", "a dog, on the GRASS!"]])
-def test_embed_is_the_pipelines(backbone, prompts):
+def test_a_prompts_condition_is_the_pipelines(backbone, prompts):
     with torch.no_grad():
         theirs, _ = backbone.pipeline.encode_prompt(prompts, "cpu", 1, False)
-        assert torch.equal(backbone.embed(prompts), theirs)
+        ours = backbone.condition(prompts)
+    assert list(ours) == ["encoder_hidden_states"]
+    assert torch.equal(ours["encoder_hidden_states"], theirs)
 
 
 def test_a_long_prompt_is_cut_with_one_warning(backbone):
     prompt = "cat " * 200
     with torch.no_grad():
         with pytest.warns(UserWarning, match="the model reads the first 77") as caught:
-            ours = backbone.embed([prompt])
+            ours = backbone.condition([prompt])["encoder_hidden_states"]
         assert len(caught) == 1
         assert torch.equal(ours, backbone.pipeline.encode_prompt(prompt, "cpu", 1, False)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        backbone.embed(["a cat"])
+        backbone.condition(["a cat"])
 
 
 def test_predict_takes_one_timestep_or_one_for_each_row(backbone):
     latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     with torch.no_grad():
-        both = backbone.predict(latents, torch.tensor(500), context)
+        condition = {"encoder_hidden_states": context}
+        both = backbone.predict(latents, torch.tensor(500), condition)
         assert torch.equal(both, backbone.network(latents, 500, context).sample)
-        assert torch.equal(both, backbone.predict(latents, torch.tensor([500, 500]), context))
-        mixed = backbone.predict(latents, torch.tensor([500, 20]), context)
+        assert torch.equal(both, backbone.predict(latents, torch.tensor([500, 500]), condition))
+        mixed = backbone.predict(latents, torch.tensor([500, 20]), condition)
     assert torch.equal(mixed[0], both[0]) and not torch.allclose(mixed[1], both[1])
 
 
@@ -166,7 +171,7 @@ def test_precision(tiny_sd, name, dtype):
     if name == "bf16":  # half precision is slow on a CPU
         with torch.no_grad():
             mean, std = backbone.encode(torch.zeros(1, 3, 16, 16))
-            output = backbone.predict(mean, torch.tensor(1), backbone.embed([""]))
+            output = backbone.predict(mean, torch.tensor(1), backbone.condition([""]))
             outputs = (mean, std, output, backbone.decode(mean))
         assert {out.dtype for out in outputs} == {torch.float32} and all(out.isfinite().all() for out in outputs)
 
@@ -245,16 +250,17 @@ def test_inversion_and_sampling_come_back(kind):
     pipeline.scheduler.register_to_config(rescale_betas_zero_snr=bool(zero))
     backbone = StableDiffusion(pipeline)
     generator = torch.Generator().manual_seed(0)
-    context, latent = torch.randn(1, 77, 8, generator=generator), torch.randn(1, 4, 8, 8, generator=generator)
+    condition = {"encoder_hidden_states": torch.randn(1, 77, 8, generator=generator)}
+    latent = torch.randn(1, 4, 8, 8, generator=generator)
     errors = []
     with torch.no_grad():
         for steps in (20, 80):
             scheduler = backbone.scheduler(steps)
             count = round(0.7 * steps)
-            up = ddim.invert(lambda z, t: backbone.predict(z, t, context), latent, scheduler=scheduler, steps=count)
+            up = ddim.invert(lambda z, t: backbone.predict(z, t, condition), latent, scheduler=scheduler, steps=count)
             assert len(up) == count + 1 and (up[-1] - latent).abs().mean() > 0.1
             down = ddim.sample(
-                lambda z, t: backbone.predict(z, t, context), up[-1], scheduler=scheduler, start=steps - count
+                lambda z, t: backbone.predict(z, t, condition), up[-1], scheduler=scheduler, start=steps - count
             )
             errors.append((down[-1] - latent).abs().mean().item())
     assert errors[1] < 0.04 and errors[1] < errors[0] / 3  # a first-order method

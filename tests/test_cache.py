@@ -24,6 +24,7 @@ from dragdiff.config import load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.editor import Editor
 from dragdiff.errors import UserError
+from dragdiff.modules.images import to_tensor
 
 
 def save(value, folder):
@@ -162,11 +163,11 @@ def test_entry_that_another_has_made_anew_meanwhile_stays(tmp_path):
 def test_entries_can_be_read_by_whom_the_umask_lets(tmp_path):
     before = os.umask(0o022)
     try:
-        get(tmp_path, make=lambda: torch.ones(3), save=cache.save_tensor, load=cache.load_tensor)
+        get(tmp_path, make=lambda: {"x": torch.ones(3)}, save=cache.save_tensors, load=cache.load_tensors)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "k", *(tmp_path / "k").iterdir()]}
-    assert modes == {"k": 0o755, cache.TENSOR: 0o644, cache.CHECKSUM: 0o644}
+    assert modes == {"k": 0o755, cache.TENSORS: 0o644, cache.CHECKSUM: 0o644}
 
 
 # ------------------------------------------------------------------------------------------- limit
@@ -356,7 +357,7 @@ def key_of(tiny_pipeline):
 
     def key(*overrides, change=None, **changes):
         editor = Editor(load_config(overrides=[f"model.path={tiny_pipeline}", *overrides]), backbone)
-        editor._loras = _Keys()
+        editor.caches["lora"] = _Keys()
         if change:
             change(backbone)
         return editor.finetune(replace(sample, **changes))
@@ -437,14 +438,12 @@ def test_lora_key_does_not_change_with_points_or_mask(key_of):
 def test_folder_of_the_cache(tiny_pipeline, tmp_path):
     def folder(*overrides):
         config = load_config(overrides=[f"model.path={tiny_pipeline}", *overrides])
-        return Editor(config, object.__new__(_Anything))._loras.folder
+        return Editor(config, _Anything()).caches["lora"].folder
 
     class _Anything:
         device = torch.device("cpu")
         self_attention_layers = ("up_blocks.2.attn1",)
-
-        def feature_block(self, name):
-            return None
+        feature_strides = {"up_blocks.2": 1}  # noqa: RUF012
 
     assert folder(f"cache.folder={tmp_path}") == tmp_path / "lora"
     assert folder() == cache.default_folder() / "lora"
@@ -573,14 +572,19 @@ def test_inversion_is_computed_for_each_state_of_an_owners_model(change, values,
 
 
 def test_what_is_switched_off_again_is_as_what_never_was(edits):
-    pipeline = edits[0].backbone.pipeline
-    before = cache.fingerprint(pipeline.unet, pipeline.vae)
+    backbone = edits[0].backbone
+    pipeline = backbone.pipeline
+
+    def fingerprint(part):
+        return cache.fingerprint(part, state=backbone.state)
+
+    unet, vae = map(fingerprint, (pipeline.unet, pipeline.vae))
     freeu(pipeline, 0.5)
     tiling(pipeline, True)
-    assert cache.fingerprint(pipeline.unet, pipeline.vae) != before
+    assert fingerprint(pipeline.unet) != unet and fingerprint(pipeline.vae) != vae
     pipeline.unet.disable_freeu()
     tiling(pipeline, False)
-    assert cache.fingerprint(pipeline.unet, pipeline.vae) == before
+    assert (fingerprint(pipeline.unet), fingerprint(pipeline.vae)) == (unet, vae)
 
 
 def test_an_error_in_a_report_costs_no_entry(edits):
@@ -609,11 +613,34 @@ def test_inversion_depends_on_picture_and_prompt(edits):
         assert "inversion" in computed
 
 
+def test_entries_hold_what_they_are_by_name(edits, tmp_path):
+    """The inversion's latents from the clean one on; what a prompt tells the network."""
+    editor, config, sample, _ = edits
+    editor.reconfigured(config("lora.steps=0")).edit(sample)
+    (inversion,), (prompt,) = (list((tmp_path / stage).iterdir()) for stage in ("inversion", "prompt"))
+    path = cache.load_tensors(inversion)["path"]
+    assert path.shape == (5, 4, 8, 8)  # 4 of 6 steps
+    with torch.no_grad():
+        clean, _ = editor.backbone.encode(to_tensor(sample.image))
+        condition = editor.backbone.condition([sample.prompt])
+    assert torch.equal(path[0], clean[0])
+    kept = cache.load_tensors(prompt)
+    assert kept.keys() == condition.keys() and all(torch.equal(kept[name], condition[name]) for name in kept)
+
+
+def test_another_method_finds_what_one_has_made(edits):
+    editor, config, sample, computed = edits
+    editor.reconfigured(config("lora.steps=2", "lora.lr=2e-4")).edit(sample)
+    computed.clear()
+    editor.reconfigured(config("method=dragnoise", "lora.steps=2")).edit(sample)
+    assert computed == ["drag", "denoise", "decode"]
+
+
 def test_broken_inversion_is_made_again(edits, tmp_path):
     editor, config, sample, _ = edits
     settings = config("lora.steps=0")
     first = editor.reconfigured(settings).edit(sample)
-    (entry,) = (tmp_path / "inversion").glob(f"*/{cache.TENSOR}")
+    (entry,) = (tmp_path / "inversion").glob(f"*/{cache.TENSORS}")
     entry.write_bytes(entry.read_bytes()[:40])
     with pytest.warns(UserWarning, match="broken and is made again"):
         again = editor.reconfigured(settings).edit(sample)
@@ -670,9 +697,9 @@ def test_reference_branch_too_large_for_the_memory_is_not_kept(edits):
     big = config("lora.steps=0", "cache.reference_mb=1")
     picture = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     editor.reconfigured(big).edit(replace(sample, image=picture))
-    assert not editor._references
+    assert not editor.kept["references"]
     editor.reconfigured(big).edit(sample)
-    assert len(editor._references) == 1
+    assert len(editor.kept["references"]) == 1
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++2m"])

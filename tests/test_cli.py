@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dragdiff import editor, progress
+from dragdiff import editor, methods, progress
 from dragdiff.backbones.loading import load_backbone
 from dragdiff.cli import main, main_edit, main_train
-from dragdiff.config import Config, load_config, walk
+from dragdiff.config import Config, load_config
 from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
+from dragdiff.options import walk
 
 ROOT = Path(__file__).parent.parent
 POINTS = "points=[[[8,8],[20,8]]]"
@@ -57,7 +58,7 @@ def settings(tiny_pipeline, loaded, monkeypatch):
     monkeypatch.setattr(
         editor,
         "load_backbone",
-        lambda config: here if config.path == str(tiny_pipeline) and not config.vae else load(config),
+        lambda config: here if config.path == str(tiny_pipeline) and not config.vae + config.unet else load(config),
     )
     return ["debug", f"model.path={tiny_pipeline}", "model.device=cpu", "lora.resolution=16", "drag.stop_distance=0"]
 
@@ -108,6 +109,8 @@ def test_help_lists_every_key_under_the_right_name(arguments, name, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {name} [CONFIG.yaml ...] [key=value ...]\n")
     assert f"  {name} configs/sd15.yaml image=cat.jpg" in done.stdout
+    if not name.endswith("train.py"):
+        assert "method=NAME" in done.stdout and "`dragdiff methods`" in done.stdout
     for key, f, value in walk(Config()):
         assert f"  {key}={value if value != '' else repr('')}\n      {f.metadata['explanation']}" in done.stdout
 
@@ -127,11 +130,83 @@ def test_verbs(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: dragdiff ")
-    assert all(verb in text for verb in ("edit", "train", "convert"))
+    assert all(verb in text for verb in ("edit", "train", "methods", "convert"))
     for wrong in (["nonsense"], []):
         with pytest.raises(SystemExit) as stop:
             main(wrong)
         assert stop.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------- methods
+
+
+def test_methods_are_listed_with_what_they_cost(capsys):
+    assert main(["methods"]) == 0
+    head, *lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == list(methods.NAMES)
+    for line, name in zip(lines, methods.NAMES, strict=True):
+        method = methods.find(name)
+        forwards = sum(stage.forwards for stage in method.stages(load_config(overrides=[f"method={name}"])))
+        assert line.split()[1:3] == [str(method.year), f"arXiv:{method.paper}"]
+        for title, entries in (("needs", method.needs), ("uses", method.uses)):  # in columns
+            assert line[head.index(title) :].startswith(", ".join(entries) or "-")
+        assert len(line) == len(head) and int(line.split()[-1]) == round(forwards)
+    costs = {line.split()[0]: int(line.split()[-1]) for line in lines}
+    # by hand: 80 steps of 4 rows at 2.3; 35 up; 80 at 2.3, 8 previews; 35 down for source and edit; a decoding of 3
+    assert costs["dragdiffusion"] == 736 + 35 + 184 + 8 + 70 + 3
+    assert costs["fastdrag"] == 7 + 14 + 3
+
+
+def test_methods_hint_at_more(capsys):
+    assert main(["methods"]) == 0
+    assert "`dragdiff methods NAME` says more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_all_that_is_known_of_a_method(name, capsys):
+    assert main(["methods", name]) == 0
+    text, method = capsys.readouterr().out, methods.find(name)
+    first, second, *_ = text.splitlines()
+    assert first == f"{method.title} ({method.year})" and second == f"https://arxiv.org/abs/{method.paper}"
+    assert all(part in text for part in (method.summary, method.note, *method.needs, *method.uses))
+    defaults = {key: value for key, _, value in walk(Config())}
+    for key, value in method.published.items():
+        assert f"  {key}={value}  (default {defaults[key]})\n" in text
+    assert ("published values" in text) == bool(method.published)
+    config = load_config(overrides=[f"method={name}"])
+    for key, f, value in walk(config.own) if method.settings else ():
+        words = f"  [{f.metadata['check'].words}]" if f.metadata["check"] else ""
+        assert f"  {name}.{key}={value}\n      {f.metadata['explanation']}{words}\n" in text
+    assert ("settings of its own" in text) == (method.settings is not None)
+
+
+def test_a_method_that_is_not_there(capsys):
+    assert main(["methods", "gooddrg"]) == 2
+    the_line(capsys, "'gooddrg'", "did you mean 'gooddrag'?", *methods.NAMES)
+    assert main(["methods", "gooddrag", "--all"]) == 2
+    the_line(capsys, "unknown option --all")
+
+
+def test_methods_need_no_torch():
+    code = (
+        "import sys\nfrom dragdiff.cli import main\nmain(['methods'])\nmain(['methods', 'gooddrag'])\n"
+        "print('heavy:', [m for m in ('torch', 'numpy', 'PIL', 'lightning', 'diffusers') if m in sys.modules])"
+    )
+    assert command("-c", code).stdout.endswith("heavy: []\n")
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_an_edit_by_each_method_and_again_from_its_config(name, settings, place):
+    small = [entry for entry in settings if not entry.startswith("drag.")]
+    run = [*small, f"method={name}", "image=pic.png", "prompt=a cat", POINTS, "mask=mask.png"]
+    assert main_edit(run) == 0
+    saved, own = load_config(["outputs/pic/config.yaml"]), load_config(["debug"], [f"method={name}"])
+    assert (saved.method, saved.ddim, saved.drag, saved.own) == (name, own.ddim, own.drag, own.own)
+    assert main_edit(["outputs/pic/config.yaml"]) == 0
+    assert Path("outputs/pic/edited.png").read_bytes() == Path("outputs/pic-2/edited.png").read_bytes()
+    if name != "dragdiffusion":
+        assert main_edit([*run, "method=dragdiffusion"]) == 0
+        assert Path("outputs/pic/edited.png").read_bytes() != Path("outputs/pic-3/edited.png").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------- one edit
@@ -197,10 +272,12 @@ def test_seed_and_settings_matter(settings, place):
 def test_every_path_of_the_resolved_config_is_absolute(settings, place, tiny_pipeline):
     assert main_train([*settings, "image=pic.png", "output.name=l", "output.folder=out"]) == 0
     relative = os.path.relpath(tiny_pipeline, place)
-    own = [f"model.path={relative}", f"model.vae={relative}/vae", "lora.path=out/l", "image=./pic.png", "mask=mask.png"]
-    assert main_edit([*settings, *own, POINTS, "output.folder=out"]) == 0
+    parts = [f"model.path={relative}", f"model.vae={relative}/vae", f"model.unet={relative}"]
+    own = ["lora.path=out/l", "image=./pic.png", "mask=mask.png"]
+    assert main_edit([*settings, *parts, *own, POINTS, "output.folder=out"]) == 0
     config = load_config(["out/pic/config.yaml"])
-    for path in (config.image, config.mask, config.model.path, config.model.vae, config.lora.path):
+    model = config.model
+    for path in (config.image, config.mask, model.path, model.vae, model.unet, config.lora.path):
         assert Path(path).is_absolute() and Path(path).exists()
 
 
@@ -450,7 +527,7 @@ MISTAKES = {
     "folder": (["image=folder"], ["folder is not a file"]),
     "bomb": (["image=bomb.png"], ["bomb.png has over", "pixels"]),
     # points
-    "no points": (["points=[]"], ["there are no points"]),
+    "no points": (["points=[]"], ["there are no points, and dragdiffusion needs them: give pairs [[[x, y], [x, y]]"]),
     "odd points": (["points=[[1,2],[3,4],[5,6]]"], ["odd (3)"]),
     "half a point": (["points=[[[1],[3,4]]]"], ["malformed"]),
     "text for points": (["points=[[[a,b],[3,4]]]"], ["not all numbers"]),
@@ -474,6 +551,7 @@ MISTAKES = {
     "folder without a model": (["model.path=model"], ["no model_index.json"]),
     "pickled model": (["model.path=weights.ckpt"], ["only .safetensors"]),
     "no VAE": (["model.vae=./nope"], ["model.vae is", "nope'", "no such file or folder"]),
+    "no UNet": (["model.unet=./nope"], ["model.unet is", "nope'", "no such folder"]),
     "no such device": (["model.device=quantum"], ["model.device is 'quantum'"]),
     "device that is not here": (["model.device=cuda:99"], ["cuda:99"]),
     "fp16 autocast on CPU": (["model.autocast=fp16"], ["needs CUDA"]),
@@ -492,6 +570,7 @@ MISTAKES = {
     "max_size too small": (["data.max_size=4"], ["16 px"]),
     # settings
     "unknown key": (["drag.learning_rate=1"], ["unknown key 'drag.learning_rate'", "did you mean"]),
+    "no such method": (["method=dragdiff"], ["method is 'dragdiff'", "gooddrag", "did you mean 'dragdiffusion'"]),
     "no config file": (["nope.yaml"], ["no config file 'nope.yaml'", "sd15"]),
     "malformed config": (["config.yaml"], ["cannot read config config.yaml"]),
     "option": (["--steps", "3"], ["unknown option --steps", "key=value"]),
@@ -515,6 +594,13 @@ def test_mistakes_are_one_line_before_any_model(name, settings, broken_files, no
     assert main_edit([*settings, "image=pic.png", *wrong]) == 2
     the_line(capsys, *words)
     assert sorted(broken_files.rglob("*")) == before, "nothing is left behind"
+
+
+def test_each_method_says_what_it_needs(settings, place, no_model, capsys):
+    assert main_edit([*settings, "image=pic.png", "method=fastdrag"]) == 2
+    note, line = capsys.readouterr().err.splitlines()
+    assert note == "note: fastdrag does not read drag.stop_distance: it changes nothing"
+    assert line.startswith("dragdiff: there are no points, and fastdrag needs them: give pairs")
 
 
 @pytest.mark.parametrize("damage", ["missing weights", "cut weights", "bad config"])

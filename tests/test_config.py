@@ -1,15 +1,21 @@
 """Settings: defaults, layers, mistakes, and what a resolved config says again."""
 
+import copy
 import dataclasses
+import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from dragdiff.config import Config, check, config_folder, describe, find_overlay, load_config, to_yaml, walk
+from dragdiff import methods
+from dragdiff.config import Config, check, config_class, config_folder, find_overlay, load_config, to_yaml
 from dragdiff.errors import UserError
+from dragdiff.options import describe, flat, read_yaml, walk
 
+OLD_CONFIG = Path(__file__).parent / "data" / "config-without-method.yaml"
 OVERLAYS = sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
@@ -74,6 +80,130 @@ def test_own_file_comes_before_a_shipped_one(tmp_path, monkeypatch):
 def test_two_configs_share_no_list():
     load_config().drag.features.append("x")
     assert load_config().drag.features == ["up_blocks.2"]
+
+
+# ------------------------------------------------------------------------------------------- methods
+
+
+def options(config) -> dict[str, object]:
+    return {key: value for key, _, value in walk(config)}
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_a_method_has_its_published_values_and_else_the_defaults(name):
+    method, plain = methods.find(name), options(Config())
+    found = options(load_config(overrides=[f"method={name}"]))
+    own = {key for key in found if key.startswith(f"{name}.")}
+    assert {key: found[key] for key in found if key not in own} == plain | {"method": name} | method.published
+    assert own == {f"{name}.{f.name}" for f in (dataclasses.fields(method.settings) if method.settings else ())}
+    assert all(method.reads_key(key) for key in method.published)
+
+
+def test_a_method_may_be_named_by_any_layer_and_the_last_wins(tmp_path):
+    file = written(tmp_path / "x.yaml", "method: gooddrag\n")
+    assert load_config([file]).method == "gooddrag"
+    assert load_config([file], ["method=fastdrag"]).method == "fastdrag"
+    assert load_config([file, {"method": "dragnoise"}]).drag.lr == 0.02
+    assert load_config([file], [{"method": "dragdiffusion"}]) == Config()
+
+
+def test_an_overlays_plain_keys_are_for_the_default_method(tmp_path):
+    """But for what is not a method's own."""
+    text = (
+        "seed: 7\ndrag: {lr: 0.5, steps: 9}\nlora.rank: 3\nmethods:\n  gooddrag: {drag: {steps: 4}, ddim.steps: 20}\n"
+    )
+    file = written(tmp_path / "x.yaml", text)
+    plain, good, fast = (load_config([file], [f"method={name}"]) for name in ("dragdiffusion", "gooddrag", "fastdrag"))
+    assert (plain.seed, plain.drag.lr, plain.drag.steps, plain.lora.rank, plain.ddim.steps) == (7, 0.5, 9, 3, 50)
+    assert (good.seed, good.drag.lr, good.drag.steps, good.lora.rank, good.ddim.steps) == (7, 0.02, 4, 16, 20)
+    assert (fast.seed, fast.drag.lr, fast.ddim.steps) == (7, 0.01, 10)
+    assert load_config([file], ["method=gooddrag", "drag.lr=0.1"]).drag.lr == 0.1
+
+
+def test_an_overlay_that_names_its_method_is_for_that_one(tmp_path):
+    file = written(
+        tmp_path / "x.yaml", "method: gooddrag\ngooddrag: {updates: 2}\ndrag: {lr: 0.3}\ndata: {max_size: 99}\n"
+    )
+    good = load_config([file])
+    assert (good.gooddrag.updates, good.drag.lr, good.drag.motion_radius) == (2, 0.3, 4)
+    with pytest.warns(UserWarning, match=r"say of drag, gooddrag is meant for gooddrag: fastdrag has its published"):
+        fast = load_config([file], ["method=fastdrag"])
+    assert (fast.drag.lr, fast.ddim.steps, fast.data.max_size) == (0.01, 10, 99)
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_a_resolved_config_is_whole_and_another_method_over_it_takes_its_own_values(name, tmp_path):
+    other = "gooddrag" if name != "gooddrag" else "fastdrag"
+    config = load_config(overrides=[f"method={name}", "drag.grid_scale=0.7", "seed=3"])
+    file = written(tmp_path / "config.yaml", to_yaml(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_config([file]) == config
+    with pytest.warns(UserWarning, match=f"is meant for {name}: {other} has its published values"):
+        changed = load_config([file], [f"method={other}"])
+    assert changed == load_config(overrides=[f"method={other}", "seed=3"])
+
+
+def test_a_key_that_the_method_does_not_read_is_noted():
+    with pytest.warns(UserWarning, match=r"^fastdrag does not read drag\.lr: it changes nothing$"):
+        assert load_config(overrides=["method=fastdrag", "drag.lr=0.3"]).drag.lr == 0.3
+    with pytest.warns(UserWarning, match=r"gooddrag does not read drag\.steps"):
+        load_config(overrides=["method=gooddrag", {"drag": {"steps": 3}}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_config(overrides=["method=fastdrag", "drag.grid_scale=0.3", "seed=1", "fastdrag.fill=noise"])
+
+
+def test_settings_by_key_go_where_text_does():
+    given = [{"drag": {"lr": 0.3}, "prompt": "a cat", "points": [[[1, 2], [3, 4]]]}, {"drag.steps": 5}]
+    text = ["drag.lr=0.3", "prompt=a cat", "points=[[[1,2],[3,4]]]", "drag.steps=5"]
+    assert load_config(overrides=[*given]) == load_config(overrides=text)
+    assert load_config(overrides=[{"drag.lr": 1}, "drag.lr=2", {"drag": {"lr": 3}}]).drag.lr == 3
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_a_config_can_be_copied_and_sent_elsewhere(name):
+    config = load_config(overrides=[f"method={name}", "seed=3"])
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert twin == config and twin is not config and type(twin) is config_class(name)
+    assert copy.deepcopy(config).drag.features is not config.drag.features
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "said"),
+    [
+        ([], ["method=gooddrg"], "method is 'gooddrg': there are dragdiffusion, "),
+        ([], ["method=gooddrg"], "did you mean 'gooddrag'?"),
+        ([{"methods": {"gooddrg": {}}}], [], "did you mean 'gooddrag'?"),
+        ([{"methods": {"gooddrag": {"drag.lrr": 1}}}], ["method=gooddrag"], "'drag.lrr' below methods.gooddrag in the"),
+        (
+            [{"methods": ["gooddrag"]}],
+            [],
+            "methods in the settings is ['gooddrag']: it must hold settings by the names",
+        ),
+        ([], ["gooddrag.levels=3"], "unknown key 'gooddrag.levels'"),
+        ([], ["method=gooddrag", "gooddrag.level=3"], "did you mean 'gooddrag.levels'?"),
+        ([], ["method=gooddrag", "gooddrag.levels=0"], "gooddrag.levels is 0: it must be >= 1"),
+        ([], ["method=fastdrag", "fastdrag.fill=paint"], "it must be neighbours | noise | keep"),
+        ([], [{"drag": {"lr": "x"}}], "drag.lr is 'x' in the settings: it must be a number"),
+        ([], ["method="], "method is ''"),
+        ([], [{"method": 3}], "method is '3'"),
+    ],
+)
+def test_mistakes_with_methods(files, overrides, said):
+    assert said in message(*overrides, files=files)
+
+
+def test_a_config_saved_before_there_were_methods_still_loads():
+    """As the run of then was, key by key; and another method can be asked for over it."""
+    saved = dict(flat(read_yaml(OLD_CONFIG)))
+    config = load_config([OLD_CONFIG])
+    found = options(config)
+    assert config.method == "dragdiffusion" and saved.keys() < found.keys()
+    assert {key: found[key] for key in saved} == saved
+    assert {key: found[key] for key in found.keys() - saved.keys()} == {"method": "dragdiffusion", "model.unet": ""}
+    good = load_config([OLD_CONFIG], ["method=gooddrag"])
+    assert (good.drag.lr, good.lora.steps, good.model.path, good.seed) == (0.02, 70, "embedded", 42)
 
 
 # ------------------------------------------------------------------------------------------- mistakes
@@ -216,16 +346,20 @@ def test_quotes_around_text_are_taken_off():
     assert load_config(overrides=['prompt="a cat"', "mask='m.png'"]).prompt == "a cat"
 
 
-def test_resolved_config_gives_the_same_config(tmp_path):
+@pytest.mark.parametrize("method", methods.NAMES)
+def test_resolved_config_gives_the_same_config(method, tmp_path):
     changes = {bool: lambda v: not v, int: lambda v: v + 1, list: lambda v: [*v, "up_blocks.1"]}
-    config = Config()
-    for key, f, value in walk(Config()):
+    plain = load_config(overrides=[f"method={method}"])
+    config = copy.deepcopy(plain)
+    for key, f, value in walk(plain):
         *sections, name = key.split(".")
         holder = config
         for section in sections:
             holder = getattr(holder, section)
         allowed = f.metadata["check"]
-        if isinstance(value, str):
+        if key == "method":
+            new = value
+        elif isinstance(value, str):
             new = next((c for c in allowed.choices if c != value), value) if allowed else f"{value}x"
         elif isinstance(value, float):
             new = value * 0.9 if key != "generate.guidance" else 3.3
@@ -237,8 +371,8 @@ def test_resolved_config_gives_the_same_config(tmp_path):
     config.image = ""
     config.model.memory = "normal"  # the other does not go with model.compile
     check(config)
-    untouched = {key for (key, _, a), (_, _, b) in zip(walk(config), walk(Config()), strict=True) if a == b}
-    assert untouched == {"sample", "image", "lora.alpha", "model.memory"}
+    untouched = {key for (key, _, a), (_, _, b) in zip(walk(config), walk(plain), strict=True) if a == b}
+    assert untouched == {"method", "sample", "image", "lora.alpha", "model.memory"}
     file = written(tmp_path / "config.yaml", to_yaml(config))
     assert load_config([file]) == config
 
@@ -246,26 +380,33 @@ def test_resolved_config_gives_the_same_config(tmp_path):
 # ------------------------------------------------------------------------------------------- help
 
 
-def test_every_key_is_explained_and_its_default_allowed():
-    check(Config())
-    text = describe()
-    for key, f, value in walk(Config()):
+@pytest.mark.parametrize("method", methods.NAMES)
+def test_every_key_is_explained_and_its_default_allowed(method):
+    config = config_class(method)()
+    check(config)
+    text = describe(config)
+    for key, f, value in walk(config):
         assert len(f.metadata["explanation"]) > 1, key
         assert f"  {key}={value if value != '' else repr('')}\n" in text
         assert f.metadata["explanation"] in text
 
 
 def test_defaults_stand_in_dataclasses_only():
-    """No field of a section goes without `option`, which carries explanation and check."""
-    for section in [Config, *(type(getattr(Config(), f.name)) for f in dataclasses.fields(Config))]:
-        if dataclasses.is_dataclass(section):
-            for f in dataclasses.fields(section):
-                assert "explanation" in f.metadata or dataclasses.is_dataclass(f.default_factory), f.name
+    """No field of a section goes without `option`, which carries explanation and check; nor does a method's own."""
+    for name in methods.NAMES:
+        config = config_class(name)
+        for section in [config, *(type(getattr(config(), f.name)) for f in dataclasses.fields(config))]:
+            if dataclasses.is_dataclass(section):
+                for f in dataclasses.fields(section):
+                    assert "explanation" in f.metadata or dataclasses.is_dataclass(f.default_factory), f.name
 
 
 def test_import_is_cheap():
+    """Also of what every method says of itself."""
     code = (
-        "import sys, dragdiff.config, dragdiff.cli; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+        "import sys, dragdiff.config, dragdiff.cli, dragdiff.catalogue; from dragdiff import methods; "
+        "[methods.find(name) for name in methods.NAMES]; "
+        "print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -273,9 +414,11 @@ def test_import_is_cheap():
 
 def test_free_text_that_visitors_of_the_page_may_set_names_no_file_or_device():
     """A new text option must be looked at here: mark it `local` if it names something of the machine."""
-    free = {k for k, f, v in walk(Config()) if isinstance(v, str) and not f.metadata["check"]}
-    allowed = {k for k, f, _ in walk(Config()) if k in free and not f.metadata["local"]}
+    every = [option for name in methods.NAMES for option in walk(config_class(name)())]
+    free = {k for k, f, v in every if isinstance(v, str) and not f.metadata["check"]}
+    allowed = {k for k, f, _ in every if k in free and not f.metadata["local"]}
     assert allowed == {
+        "method",  # one of a list
         "prompt",
         "generate.negative_prompt",
         "drag.supervision",

@@ -111,7 +111,7 @@ def test_features_are_the_means_of_noised_forwards(backbone):
         for draw, one in zip(draws, noise, strict=True):
             latent = (posterior.mean + posterior.std * draw) * scale
             noisy = backbone.pipeline.scheduler.add_noise(latent, one[None], torch.tensor([261]))
-            unet(noisy, torch.tensor(261), backbone.embed(["a cat"]))
+            unet(noisy, torch.tensor(261), **backbone.condition(["a cat"]))
     hook.remove()
     torch.testing.assert_close(actual.maps[0], torch.stack(kept).mean(dim=0), rtol=0, atol=1e-4)
 

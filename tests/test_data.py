@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dragdiff import methods
 from dragdiff.data import safe_pickle
 from dragdiff.data.readers import (
     convert,
@@ -137,9 +138,8 @@ def test_grey_and_rgba_arrays():
 @pytest.mark.parametrize(
     ("points", "expected"),
     [
-        ([], "no points"),
-        (None, "no points"),
-        ([[]], "no points"),
+        ([[]], "shape (1, 0)"),
+        ([[[]]], "shape (1, 1, 0)"),
         ([[1, 2], [3, 4], [5, 6]], "the number of points is odd (3)"),
         ([[1, 2]], "the number of points is odd (1)"),
         ([1, 2, 3, 4], "shape (4,)"),
@@ -164,6 +164,22 @@ def test_grey_and_rgba_arrays():
 )
 def test_bad_points(points, expected):
     assert expected in message(EditSample, picture(), "", points)
+
+
+@pytest.mark.parametrize("points", [None, [], (), np.zeros((0, 2, 2))])
+def test_a_sample_may_have_no_points_and_a_method_refuses_it(points, tmp_path):
+    sample = EditSample(picture(), "", points, box(24, 32), "x")
+    assert sample.points.shape == (0, 2, 2) and sample.points.dtype == np.float32
+    assert sample.handles.shape == sample.targets.shape == (0, 2)
+    assert sample.resized(24).points.shape == (0, 2, 2)
+    write_folder(sample, tmp_path / "x")
+    assert len(read_sample(tmp_path / "x").points) == 0
+    for name in methods.NAMES:
+        method = methods.find(name)
+        assert "points" in method.needs
+        said = message(method.check, sample)
+        assert said.startswith(f"there are no points, and {name} needs them: give pairs [[[x, y], [x, y]], ...]")
+        method.check(EditSample(picture(), "", [[1, 2], [3, 4]]))
 
 
 def test_points_up_to_the_edge_are_inside():
@@ -804,7 +820,7 @@ def test_arrays_must_be_what_their_bytes_say(tmp_path, shape, data, code, fits):
         ({"points": [[1, 2], [3, "4"]]}, "malformed points"),
         ({"points": [[[1, 2], [3, 4]]]}, "malformed points"),
         ({"points": [1, 2]}, "malformed points"),
-        ({"points": []}, "no points"),
+        ({"points": [[]]}, "malformed points"),
         ({"points": [[1, 2]]}, "the number of points is odd (1)"),
         ({"mask": [[0, 1]]}, "holds no mask"),
         ({"mask": "/etc/hostname"}, "holds no mask"),  # not taken as a path
@@ -818,6 +834,12 @@ def test_dragbench_of_unexpected_values(tmp_path, change, expected):
     (folder / "meta_data.pkl").write_bytes(pickle.dumps(meta))
     text = message(read_dragbench, folder)
     assert expected in text and str(folder) in text
+
+
+def test_dragbench_without_points_is_a_sample_without_any(tmp_path):
+    folder = dragbench(tmp_path)
+    (folder / "meta_data.pkl").write_bytes(pickle.dumps({"prompt": "a cat", "points": [], "mask": box()}))
+    assert len(read_dragbench(folder).points) == 0
 
 
 def test_dragbench_points_that_contain_themselves(tmp_path):

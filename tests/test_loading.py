@@ -18,12 +18,11 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from dragdiff.backbones.loading import check_model, load_backbone, skeleton
+from dragdiff.backbones import single_file
+from dragdiff.backbones.loading import check_model, identity, load_backbone, structure
 from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
 from dragdiff.errors import UserError
-from dragdiff.modules import backbone as module
-from dragdiff.modules import single_file
 
 
 def settings(path, *overrides: str):
@@ -102,6 +101,7 @@ def test_damaged_weights_are_said_in_one_line(copy, part):
         (["model.path=./nowhere"], "model.path is 'nowhere': no such file or folder"),
         (["model.path=/a/b/c.safetensors"], "no such file or folder"),
         (["model.vae=~/no/vae"], "model.vae is .*: no such file or folder"),
+        (["model.unet=./nowhere"], "model.unet is 'nowhere': no such folder"),
         (["model.device=tpu9"], "it must be auto, cpu"),
         (["model.device=cuda"], "use model.device=auto"),
         (["model.device=cuda:7"], "use model.device=auto"),
@@ -179,6 +179,116 @@ def test_another_autoencoder(copy, tiny_sd, tmp_path):
         check_model(settings(tiny_sd, f"model.vae={tmp_path}"))
 
 
+# ------------------------------------------------------------------------------------------- another UNet
+
+
+@pytest.fixture
+def other_unet(copy, tiny_sd, tmp_path) -> Path:
+    """A pipeline's folder of which nothing but the UNet is there, with weights of its own."""
+    for part in copy.iterdir():
+        if part.name != "unet":
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+    return copy
+
+
+def doubled(one: StableDiffusion, other: StableDiffusion) -> bool:
+    """Whether the weights of the one's UNet are twice those of the other's, and all the rest is the same."""
+    ours, theirs = one.network.state_dict(), other.network.state_dict()
+    rest = zip(one.modules[1:], other.modules[1:], strict=True)
+    return all(torch.equal(value, 2 * theirs[name]) for name, value in ours.items()) and all(
+        torch.equal(a, b) for mine, its in rest for a, b in zip(mine.parameters(), its.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("place", ["", "unet"])
+def test_another_unet_by_itself_or_in_a_pipelines_folder(place, other_unet, tiny_sd, backbone, no_network):
+    loaded = load_backbone(settings(tiny_sd, f"model.unet={other_unet / place}"))
+    assert doubled(loaded, backbone) and not no_network.attempts
+    assert loaded.feature_block("mid_block") is loaded.network.mid_block
+
+
+def test_another_unet_with_a_model_whose_own_is_not_there(other_unet, tiny_sd, backbone, tmp_path):
+    model = Path(shutil.copytree(tiny_sd, tmp_path / "without"))
+    next((model / "unet").glob("*.safetensors")).unlink()
+    assert doubled(load_backbone(settings(model, f"model.unet={other_unet}")), backbone)
+    with pytest.raises(UserError, match=r"unet has no \.safetensors file"):
+        check_model(settings(model))
+
+
+def test_another_unet_of_half_precision_weights_alone(other_unet, tiny_sd, backbone):
+    weights = next((other_unet / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_name(f"{weights.stem}.fp16.safetensors"))
+    assert doubled(load_backbone(settings(tiny_sd, f"model.unet={other_unet}")), backbone)
+
+
+@pytest.mark.parametrize("place", ["", "unet"])
+def test_another_unet_in_the_hubs_cache_needs_no_network(place, other_unet, tiny_sd, backbone, no_network):
+    put_into_cache(no_network.cache, "someone/unet", other_unet / place)
+    assert doubled(load_backbone(settings(tiny_sd, "model.unet=someone/unet")), backbone)
+    assert not no_network.attempts
+    with pytest.raises(UserError, match=r"the hub does not answer.*hf download someone/other"):
+        check_model(settings(tiny_sd, "model.unet=someone/other"))
+
+
+def test_another_unet_beside_a_single_file(other_unet, checkpoint, backbone, tiny_configs, no_network, tmp_path):
+    save_file(checkpoint, tmp_path / "tiny.safetensors")
+    loaded = load_backbone(settings(tmp_path / "tiny.safetensors", f"model.unet={other_unet}"))
+    assert doubled(loaded, backbone) and not no_network.attempts
+
+
+def test_the_structure_is_that_of_the_unet_that_will_be_used(tiny_sd, tmp_path):
+    small = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2}
+    kinds = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    UNet2DConditionModel(**small, **kinds, cross_attention_dim=32).save_pretrained(tmp_path / "two")
+    chosen = settings(tiny_sd, f"model.unet={tmp_path / 'two'}")
+    found, loaded = structure(chosen), load_backbone(chosen)
+    assert found.features == list(loaded.feature_strides)
+    assert found.features == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
+    assert found.self_attention_layers == loaded.self_attention_layers
+
+
+def test_unets_that_can_not_be_used_are_said_before_weights_are_loaded(other_unet, tiny_sd, tmp_path, monkeypatch):
+    file = next((other_unet / "unet").glob("*.safetensors"))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    for unet, said in ((file, "no such folder; give one in diffusers' format"), (tmp_path / "empty", "no config.json")):
+        with pytest.raises(UserError, match=said):
+            load_backbone(settings(tiny_sd, f"model.unet={unet}"))
+    config = other_unet / "unet" / "config.json"
+    for change_of, said in (({"in_channels": 9}, "9 latent channels"), ({"cross_attention_dim": 8}, "another model")):
+        before = config.read_text()
+        change(config, **change_of)
+        with pytest.raises(UserError, match=said) as caught:
+            load_backbone(settings(tiny_sd, f"model.unet={other_unet}"))
+        assert "\n" not in str(caught.value)
+        config.write_text(before)
+    only_bin(other_unet, "unet")
+    with pytest.raises(UserError, match=r"no \.safetensors file; pickled"):
+        load_backbone(settings(tiny_sd, f"model.unet={other_unet}"))
+
+
+def test_a_damaged_unet_is_said_in_one_line(other_unet, tiny_sd):
+    weights = next((other_unet / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cannot load the model.*with the UNet") as caught:
+        load_backbone(settings(tiny_sd, f"model.unet={other_unet}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_unet_is_another_model(other_unet, tiny_sd):
+    own, other = (identity(settings(tiny_sd, *more)) for more in ([], [f"model.unet={other_unet}"]))
+    assert other != own and "unet" not in own  # what was known of a model before is still known
+    file = next((other_unet / "unet").glob("*.safetensors"))
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file)
+    assert identity(settings(tiny_sd, f"model.unet={other_unet}")) not in (own, other)
+    assert identity(settings(tiny_sd, "model.unet=someone/unet"))["unet"] == "someone/unet"
+
+
 # ------------------------------------------------------------------------------------------- the hub
 
 
@@ -194,7 +304,7 @@ def test_a_model_in_the_hubs_cache_needs_no_network(tiny_sd, backbone, no_networ
     put_into_cache(no_network.cache, "someone/tiny", tiny_sd)
     put_into_cache(no_network.cache, "someone/vae", tiny_sd / "vae")
     assert same_weights(load_backbone(settings("someone/tiny", "model.vae=someone/vae")), backbone)
-    assert module.feature_strides(skeleton(settings("someone/tiny"))) == backbone.feature_strides
+    assert structure(settings("someone/tiny")).features == list(backbone.feature_strides)
     assert not no_network.attempts
 
 
@@ -312,9 +422,10 @@ def test_a_single_file_needs_no_network(checkpoint, backbone, tiny_configs, no_n
     loaded = load_backbone(settings(file))
     assert same_weights(loaded, backbone) and not no_network.attempts
     with torch.no_grad():
-        assert torch.equal(loaded.embed(["a cat"]), backbone.embed(["a cat"]))
+        ours, theirs = (model.condition(["a cat"])["encoder_hidden_states"] for model in (loaded, backbone))
+        assert torch.equal(ours, theirs)
     assert torch.equal(loaded.scheduler(50).alphas_cumprod, backbone.scheduler(50).alphas_cumprod)
-    assert module.self_attention_layers(skeleton(settings(file))) == backbone.self_attention_layers
+    assert structure(settings(file)).self_attention_layers == backbone.self_attention_layers
 
 
 def test_a_single_file_autoencoder(checkpoint, backbone, tiny_sd, tiny_configs, no_network, tmp_path):

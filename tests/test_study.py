@@ -22,12 +22,14 @@ import torch
 import yaml
 
 from dragdiff import cli
+from dragdiff.backbones import lora_file
 from dragdiff.config import load_config, load_study
 from dragdiff.data.readers import write_folder
 from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import make_scene
 from dragdiff.editor import Editor
 from dragdiff.errors import DeviceLost, WorkerDied
+from dragdiff.job import Job
 from dragdiff.modules.lora import LoRA
 from dragdiff.study import executors, runner
 from dragdiff.study.plan import BASELINES, Plan, determinants, expand
@@ -248,10 +250,8 @@ def test_named_lora_counts_by_its_weights(file, tmp_path, tiny_pipeline):
         trained = editor.reconfigured(dataclasses.replace(editor.config, lora=settings)).finetune(
             plan_of(file()).subjects[0].sample
         )
-        from dragdiff.modules import lora
-
         (tmp_path / name).mkdir()
-        lora.save(trained, tmp_path / name)
+        lora_file.save(trained, tmp_path / name)
         folders.append(keys(file(), f"settings.lora.path={tmp_path / name}"))
     assert folders[0] == folders[1] != folders[2]
 
@@ -352,13 +352,13 @@ def test_plan_only_says_what_would_be_done(file, tmp_path, capsys):
 def stages(monkeypatch):
     """Counts what editors compute."""
     counted: list[str] = []
-    original = Editor._stage
+    original = Job.stage
 
     def stage(self, name, total):
         counted.append(name)
         return original(self, name, total)
 
-    monkeypatch.setattr(Editor, "_stage", stage)
+    monkeypatch.setattr(Job, "stage", stage)
     return counted
 
 

@@ -60,23 +60,51 @@ class Diffusion(ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, each (B, C, h, w), of the scaled latent posterior of images (B, 3, H, W) in [-1, 1]."""
+        """The latent posterior of images.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            Mean and std, scaled, each (B, C, h, w).
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H', W'), about [-1, 1], of scaled latents (B, C, h, w); H', W' are multiples of the stride."""
+        """Images of latents.
+
+        Args:
+            latents: scaled, (B, C, h, w).
+
+        Returns:
+            (B, 3, H', W'), about [-1, 1]; H' and W' are multiples of the stride.
+        """
 
     @abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Numbers (B, tokens) that stand for the prompts; warns of one that is too long."""
+        """Numbers that stand for prompts; warns of one that is too long.
+
+        Returns:
+            (B, tokens) int64.
+        """
 
     @abstractmethod
     def condition(self, prompts: Sequence[str]) -> Condition:
-        """What prompts tell the network, a row for each."""
+        """What prompts tell the network.
+
+        Returns:
+            A row for each prompt, float.
+        """
 
     @abstractmethod
     def predict(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's output (B, C, h, w) for latents at timestep t (scalar or (B,))."""
+        """The network's output, of the kind of `prediction_type`.
+
+        Args:
+            latents: (B, C, h, w).
+            t: timestep, a scalar or (B,).
+            condition: a row for each latent.
+        """
 
     @abstractmethod
     def feature_block(self, name: str) -> nn.Module:
@@ -88,11 +116,23 @@ class Diffusion(ABC):
 
     @abstractmethod
     def scheduler(self, steps: int, kind: str = "ddim") -> Any:
-        """A fresh diffusers scheduler with `steps` timesteps set; kind as in `GenerateConfig.scheduler`."""
+        """A fresh diffusers scheduler with its timesteps set.
+
+        Args:
+            steps: timesteps of the whole schedule.
+            kind: as in `GenerateConfig.scheduler`.
+
+        Raises:
+            UserError: the model's schedule has no room for so many.
+        """
 
     @abstractmethod
     def recorded_attention(self, layers: Sequence[str]) -> AbstractContextManager[States]:
-        """While it lasts, forwards note what enters the named self-attention layers, in the states that it yields."""
+        """While it lasts, forwards note what enters self-attention layers, in the states that it yields.
+
+        Args:
+            layers: their names.
+        """
 
     @abstractmethod
     def shared_attention(
@@ -115,7 +155,11 @@ class Diffusion(ABC):
 
     @abstractmethod
     def sharpened(self, settings: GenerateConfig) -> AbstractContextManager[None]:
-        """While it lasts, the network generates as `generate.freeu` says."""
+        """While it lasts, the network generates as FreeU has it (Si et al. 2023, arXiv 2309.11497), if it shall.
+
+        Args:
+            settings: `freeu` and its factors.
+        """
 
     def with_features(
         self, forward: Callable[[], Tensor], names: Sequence[str], *, need_output: bool
@@ -156,7 +200,11 @@ class Diffusion(ABC):
 
 
 def rows_of(condition: Condition, rows: Sequence[int]) -> Condition:
-    """Some rows of a condition, in this order."""
+    """Some rows of a condition.
+
+    Args:
+        rows: their numbers, in the order in which they are wanted.
+    """
     everyone = list(range(len(next(iter(condition.values())))))
     if list(rows) == everyone:
         return condition

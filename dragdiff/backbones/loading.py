@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dragdiff.aliases import Json
 from dragdiff.backbones import single_file
 from dragdiff.backbones.stable_diffusion import (
     PARTS,
@@ -83,11 +84,7 @@ def check_model(config: ModelConfig) -> None:
     resolve_autocast(config.autocast, device=device, dtype=config.dtype)
     if config.path == "embedded" and not EMBEDDED_MODEL.is_dir():
         raise UserError(f"the embedded model is not in {EMBEDDED_MODEL}: reinstall dragdiff")
-    for key, path in (
-        ("model.path", _local(config.path)),
-        ("model.vae", _local(config.vae)),
-        ("model.unet", _local(config.unet)),
-    ):
+    for key, path in (("model.path", _local(config.path)), ("model.vae", _local(config.vae))):
         if path and not path.exists():
             raise UserError(
                 f"{key} is {str(path)!r}: no such file or folder; give a diffusers folder, a .safetensors file or a "
@@ -99,10 +96,10 @@ def check_model(config: ModelConfig) -> None:
     if vae and vae.is_dir():
         _check_weights(vae)
     unet = _local(config.unet)
-    if unet and unet.is_file():
-        raise UserError(f"model.unet is {str(unet)!r}: give a folder in diffusers' format or a hub id")
+    if unet and not unet.is_dir():
+        raise UserError(f"model.unet is {str(unet)!r}: no such folder; give one in diffusers' format or a hub id")
     if unet:
-        _check_weights(_unet_folder(unet))
+        _check_weights(_unet_folder(config.unet))
     path = _local(config.path)
     if path and path.is_file():
         if single_file.family(path) == "sd2" and config.prediction == "auto":
@@ -112,6 +109,14 @@ def check_model(config: ModelConfig) -> None:
             )
     else:
         _check_folder(_config_folder(config), config, weights=path is not None)
+    if config.unet:
+        own = _read_json(_config_folder(config) / "unet" / "config.json").get("cross_attention_dim")
+        other = _read_json(_unet_config(config)).get("cross_attention_dim")
+        if own != other:
+            raise UserError(
+                f"the UNet {config.unet!r} reads prompts of {other} values a token, {config.path!r} gives {own}: "
+                "it is for another model"
+            )
 
 
 def _config_folder(config: ModelConfig) -> Path:
@@ -120,6 +125,17 @@ def _config_folder(config: ModelConfig) -> Path:
     if path is None:
         return hub_folder(config.path, config.revision)
     return single_file.SHIPPED / single_file.family(path) if path.is_file() else path
+
+
+def _unet_config(config: ModelConfig) -> Path:
+    """The configuration of the UNet that will be used."""
+    return (_unet_folder(config.unet) if config.unet else _config_folder(config) / "unet") / "config.json"
+
+
+def _unet_folder(name: str) -> Path:
+    """Where a UNet is, in a folder or the hub's cache: by itself, or in a pipeline's."""
+    folder = _local(name) or hub_folder(name, "", needed=["unet/config.json|config.json"])
+    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def _check_folder(folder: Path, config: ModelConfig, *, weights: bool) -> None:
@@ -135,13 +151,13 @@ def _check_folder(folder: Path, config: ModelConfig, *, weights: bool) -> None:
     for part in PARTS:
         if not (index.get(part) or [None])[0] or not (folder / part).is_dir():
             raise UserError(f"{config.path} has no {part}: it is incomplete")
-        if weights and part in ("unet", "text_encoder", "vae") and not (part == "vae" and config.vae):
+        if weights and part in ("unet", "text_encoder", "vae") and not getattr(config, part, ""):
             _check_weights(folder / part)
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     if config.prediction != "auto":
         scheduler["prediction_type"] = config.prediction
     vae = {} if config.vae else _read_json(folder / "vae" / "config.json")
-    check_configs(config.path, unet=_read_json(folder / "unet" / "config.json"), vae=vae, scheduler=scheduler)
+    check_configs(config.path, unet=_read_json(_unet_config(config)), vae=vae, scheduler=scheduler)
 
 
 def _check_weights(folder: Path) -> None:
@@ -154,7 +170,7 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Json:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -183,6 +199,9 @@ def hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) -> 
 
     What is there is taken without asking the hub. A hub that does not answer is given up after seconds, not minutes.
 
+    Args:
+        needed: files without which it is not there; of `one|other` either is enough.
+
     Raises:
         UserError: no such model or revision, or neither cache nor hub have it.
     """
@@ -191,7 +210,7 @@ def hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) -> 
 
     try:
         folder = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
-        if all((folder / file).is_file() for file in needed):
+        if all(any((folder / file).is_file() for file in either.split("|")) for either in needed):
             return folder
     except LocalEntryNotFoundError:
         pass
@@ -254,7 +273,7 @@ def structure(config: ModelConfig) -> Structure:
     from diffusers import UNet2DConditionModel
 
     check_model(config)
-    file = _config_folder(config) / "unet" / "config.json"
+    file = _unet_config(config)
     try:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(_read_json(file))
@@ -279,17 +298,17 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
     Raises:
         UserError: no such model, or one that can't be used; says what was looked for and how to get it.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     check_model(config)
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    parts: Json = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     _quiet()
     try:
         if config.vae:
             parts["vae"] = _load(AutoencoderKL, single_file.load_vae, config.vae, "", dtype=dtype)
         if config.unet:
-            parts["unet"] = _load_unet(UNet2DConditionModel, config.unet, dtype=dtype)
+            parts["unet"] = _load_unet(config.unet, dtype=dtype)
         pipeline = _load(
             StableDiffusionPipeline, single_file.load_pipeline, config.path, config.revision, dtype=dtype, **parts
         )
@@ -317,10 +336,10 @@ def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **
         return from_file(path, **settings)
     settings["use_safetensors"] = True  # None would fall back to pickled weights
     folder = path or hub_folder(name, revision, needed=["config.json"] if kind is AutoencoderKL else CONFIGS)
-    weights = folder if (folder / "config.json").is_file() else folder / "unet"
-    halves = all(".fp16." in file.name for file in weights.glob("*.safetensors"))
+    whole = "text_encoder" if "unet" in settings else "unet"  # of a pipeline, a part that is looked at
+    variant = _variant(folder if (folder / "config.json").is_file() else folder / whole)
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, variant="fp16" if halves else None, **settings)
+        return kind.from_pretrained(str(folder), local_files_only=True, variant=variant, **settings)
     except Exception:  # incomplete in the cache; the libraries say so in many ways
         if path:
             raise
@@ -328,25 +347,31 @@ def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **
         return kind.from_pretrained(name, revision=revision or None, **settings)
 
 
-def _load_unet(kind: Any, name: str, *, dtype: torch.dtype) -> Any:
-    """A UNet by itself, or out of a pipeline's folder, local or on the hub."""
-    folder = _local(name) or hub_folder(name, "", needed=["unet/config.json"])
-    place = _unet_folder(folder)
-    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+def _load_unet(name: str, *, dtype: torch.dtype) -> Any:
+    """A UNet by itself, or out of a pipeline, of a folder, the hub's cache or, where that lacks it, the hub."""
+    from diffusers import UNet2DConditionModel
+
+    folder = _unet_folder(name)
+    settings: Json = {"dtype": dtype, "use_safetensors": True}
     try:
-        return kind.from_pretrained(str(place), local_files_only=True, **settings)
+        return UNet2DConditionModel.from_pretrained(
+            str(folder), local_files_only=True, variant=_variant(folder), **settings
+        )
     except Exception:  # as in `_load`
         if _local(name):
             raise
         _ask_hub(name, "")
-        return kind.from_pretrained(name, subfolder="unet", **settings)
+        inside = {"subfolder": "unet"} if folder.name == "unet" else {}
+        return UNet2DConditionModel.from_pretrained(name, **inside, **settings)
 
 
-def _unet_folder(folder: Path) -> Path:
-    return folder / "unet" if (folder / "unet").is_dir() else folder
+def _variant(folder: Path) -> str | None:
+    """What diffusers must be told of weights that are there in half precision alone."""
+    names = [file.name for file in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
-def identity(config: ModelConfig) -> dict[str, Any]:
+def identity(config: ModelConfig) -> Json:
     """What tells one model from another without loading it: the files' contents, or the hub's id and revision.
 
     Of a file larger than a few MB its size and some pieces count.

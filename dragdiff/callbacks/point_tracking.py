@@ -60,6 +60,7 @@ class PeriodicTracking(PointTracking):
         self.every, self.patience, self.unmoved = every, patience, 0
 
     def is_due(self, drag: Drag) -> bool:
+        """At the first step of a level, which is not counted."""
         return drag.steps_done == 0
 
     @torch.no_grad()

@@ -274,7 +274,7 @@ def _as_points(points: ArrayLike, width: int, height: int) -> NDArray[np.float32
         given = np.asarray(points)
     except (TypeError, ValueError, OverflowError) as error:  # lists of uneven lengths
         raise UserError(f"the points are malformed: {expected}") from error
-    if given.size == 0:
+    if given.ndim and len(given) == 0:
         return np.zeros((0, 2, 2), np.float32)
     if given.dtype.kind not in "iuf":
         raise UserError(f"the points are not all numbers: {expected}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Settings:
+class DragNoiseSettings:
     """What DragNoise alone has."""
 
     end_step: int = option(
@@ -71,7 +71,7 @@ METHOD = Method(
     uses=("mask", "prompt"),
     reads=("lora", "ddim", "drag"),
     published={"drag.lr": 0.02, "drag.mask_weight": 0.2, "lora.steps": 200, "lora.lr": 2e-4},
-    settings=Settings,
+    settings=DragNoiseSettings,
     stages=plan,
     run=run,
 )

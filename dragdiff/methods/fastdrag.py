@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Settings:
+class FastDragSettings:
     """What FastDrag alone has."""
 
     blend: str = option(
@@ -77,7 +77,7 @@ METHOD = Method(
     uses=("mask", "prompt"),
     reads=("lora", "ddim", "control", "drag.grid_scale"),
     published={"ddim.steps": 10, "lora.steps": 0, "control.start_layer": "up_blocks.1"},
-    settings=Settings,
+    settings=FastDragSettings,
     stages=plan,
     run=run,
     draws=True,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Settings:
+class GoodDragSettings:
     """What GoodDrag alone has."""
 
     levels: int = option(7, "denoising levels at which the latent is dragged, from the top on", at_least(1))
@@ -41,7 +41,7 @@ class Settings:
 
 def run(job: Job) -> list[np.ndarray]:
     """Alternate dragging and denoising: at each of the first levels some updates, then one step down."""
-    settings: Settings = job.config.own
+    settings: GoodDragSettings = job.config.own
     layers, features = stages.controlled_layers(job), job.config.drag.features
     supervision = partial(modules.motion.to_initial, reach=settings.reach)
     most, taken = settings.trackings * settings.updates, job.config.ddim.taken
@@ -77,7 +77,7 @@ def through(edit: Edit) -> bool:
     return edit.stop_reason not in ("", "steps")
 
 
-def _tracker(edit: Edit, settings: Settings) -> DragCallback:
+def _tracker(edit: Edit, settings: GoodDragSettings) -> DragCallback:
     from dragdiff.callbacks import PeriodicTracking
 
     return PeriodicTracking(
@@ -90,7 +90,7 @@ def _tracker(edit: Edit, settings: Settings) -> DragCallback:
 
 def plan(config: Config) -> list[Stage]:
     """The work for one edit."""
-    settings: Settings = config.own
+    settings: GoodDragSettings = config.own
     levels, taken, branches = min(settings.levels, config.ddim.taken), config.ddim.taken, guidance_rows(config)
     updates = levels * settings.trackings * settings.updates
     # the source and the edited row go down while it is dragged; a level may end with a forward without an update
@@ -121,7 +121,7 @@ METHOD = Method(
         "drag.mask_weight": 0.1,
         "lora.steps": 70,
     },
-    settings=Settings,
+    settings=GoodDragSettings,
     prompt=lambda config, prompt: prompt if config.prompt or not config.own.empty_prompt else "",
     stages=plan,
     run=run,

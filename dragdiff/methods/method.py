@@ -79,7 +79,11 @@ class Method:
     note: str = ""
 
     def reads_key(self, key: str) -> bool:
-        """Whether it reads an option of the shared sections."""
+        """Whether it reads an option of the shared sections.
+
+        Args:
+            key: dotted, as `drag.lr`.
+        """
         return any(key == beginning or key.startswith(f"{beginning}.") for beginning in self.reads)
 
     def check(self, sample: EditSample) -> None:
@@ -124,8 +128,20 @@ def guidance_rows(config: Config) -> int:
     return 2 if config.generate.enabled and config.generate.guidance != 1 else 1
 
 
+def total_forwards(stages: Sequence[Stage]) -> dict[str, float]:
+    """What the parts of each stage cost together, in forwards of the denoiser for one row, in their order."""
+    forwards: dict[str, float] = {}
+    for stage in stages:
+        forwards[stage.name] = forwards.get(stage.name, 0.0) + stage.forwards
+    return forwards
+
+
 def total_steps(stages: Sequence[Stage]) -> dict[str, int]:
-    """Steps of each stage as its progress counts them, in their order."""
+    """Steps of each stage as its progress counts them.
+
+    Returns:
+        By the stage's name, in the order of the work.
+    """
     steps: dict[str, int] = {}
     for stage in stages:
         steps[stage.name] = max(stage.steps, steps.get(stage.name, 0))

@@ -81,7 +81,11 @@ class Drag:
         return self.first + self.steps_done
 
     def stop(self, reason: str) -> None:
-        """End it here; a step that has not updated yet leaves everything as it is."""
+        """End it here; a step that has not updated yet leaves everything as it is.
+
+        Args:
+            reason: "reached", or a sentence for the user.
+        """
         self.stop_reason = reason
 
     def log(self, name: str, value: Tensor) -> None:

@@ -36,6 +36,7 @@ class Separate(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step every run that has gradients; as of torch's optimisers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -19,6 +19,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
+from dragdiff.aliases import Json
+
 PRECISION = {"none": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -47,7 +49,7 @@ def fit(
     """
     # a loader of its own generator draws no number from the global one
     data: Any = DataLoader(range(steps), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
-    precision: dict[str, Any] = {"precision": PRECISION[autocast]}
+    precision: Json = {"precision": PRECISION[autocast]}
     plugins: list[Any] = [LightningEnvironment()]  # one process, also where a cluster's scheduler started it
     if own_scaling and autocast == "fp16":
         plugins.append(MixedPrecision("16-mixed", device.type, GradScaler(enabled=False)))
@@ -84,6 +86,7 @@ class SplitLogger(Logger):
         self.loggers = loggers
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Give each run what is its own, and what is common to all."""
         common = {name: value for name, value in metrics.items() if ":" not in name}  # the epoch
         for number, logger in enumerate(self.loggers):
             start = f"{number}:"
@@ -92,16 +95,18 @@ class SplitLogger(Logger):
                 logger.log_metrics({**own, **common}, step)
 
     def save(self) -> None:
+        """As of each run's logger."""
         for logger in self.loggers:
             if logger is not None:
                 logger.save()
 
     def finalize(self, status: str) -> None:
+        """As of each run's logger."""
         for logger in self.loggers:
             if logger is not None:
                 logger.finalize(status)
 
-    def log_hyperparams(self, *_: Any) -> None:
+    def log_hyperparams(self, *_: object) -> None:
         """Nothing: a run's settings are given to its own logger."""
 
 
@@ -119,22 +124,24 @@ class Recording(Logger):
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: list[tuple[str, tuple[object, ...], dict[str, object]]] = []
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep them."""
         self._calls.append(("log_metrics", (dict(metrics), step), {}))
 
-    def log_image(self, *args: Any, **kwargs: Any) -> None:
+    def log_image(self, *args: object, **kwargs: object) -> None:
+        """Keep it, for a logger that takes pictures."""
         self._calls.append(("log_image", args, kwargs))
 
-    def log_hyperparams(self, *_: Any) -> None:
+    def log_hyperparams(self, *_: object) -> None:
         """Nothing: as for `SplitLogger`."""
 
     def clear(self) -> None:
         """Forget: what was told begins anew."""
         self._calls.clear()
 
-    def replay(self, logger: Any) -> None:
+    def replay(self, logger: object) -> None:
         """Tell it all to another logger."""
         for name, args, kwargs in self._calls:
             if hasattr(logger, name):

@@ -52,9 +52,11 @@ class Latent(Variable):
     limit = 1000.0  # latents have entries of some units, with strong guidance of some tens
 
     def only(self, edits: Sequence[int]) -> Variable:
+        """Latents of some edits."""
         return Latent(self.rows(edits))
 
     def latents(self, edits: Sequence[int]) -> Tensor:
+        """The values themselves."""
         return self.rows(edits)
 
 
@@ -71,10 +73,13 @@ class Bottleneck(Variable):
         self.fixed, self.blocks = latents.split(1), (block,)  # in a tuple: no submodule
 
     def only(self, edits: Sequence[int]) -> Variable:
+        """Values and latents of some edits."""
         return Bottleneck(self.rows(edits), self.latents(edits), self.blocks[0])
 
     def latents(self, edits: Sequence[int]) -> Tensor:
+        """Those that stay."""
         return torch.cat([self.fixed[edit] for edit in edits])
 
     def applied(self, edits: Sequence[int]) -> AbstractContextManager[None]:
+        """The network with the block's output replaced."""
         return replaced(self.blocks[0], self.rows(edits))

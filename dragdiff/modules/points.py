@@ -35,7 +35,14 @@ class Points:
         return (self.targets - self.handles).norm(dim=-1)
 
     def arrived(self, stop_distance: float) -> Tensor:
-        """(N,) bool: nearer than that to the target, or on it."""
+        """Which handles are at their targets.
+
+        Args:
+            stop_distance: nearer than this is, grid px; on the target always is.
+
+        Returns:
+            (N,) bool.
+        """
         return (self.left < stop_distance) | (self.left == 0)
 
 
@@ -61,7 +68,14 @@ def to_grid(points: Tensor, *, image_size: Size, grid: Size) -> Tensor:
 
 
 def to_image(positions: Tensor, *, image_size: Size, grid: Size) -> Tensor:
-    """Grid positions (..., 2) as (row, col) to (x, y) in image px."""
+    """Grid positions to image px.
+
+    Args:
+        positions: (..., 2), (row, col) in grid px.
+
+    Returns:
+        (..., 2) float32, (x, y) in px.
+    """
     scale = torch.tensor(image_size, dtype=torch.float32) / torch.tensor(grid, dtype=torch.float32)
     return (positions.cpu() * scale).flip(-1)
 

@@ -29,7 +29,15 @@ def decode(job: Job, latents: Tensor) -> list[np.ndarray]:
 
 
 def to_picture(job: Job, latent: Tensor, size: Size | Sequence[int]) -> np.ndarray:
-    """Decode one latent and resize it to (height, width), (H, W, 3) uint8."""
+    """Decode one latent.
+
+    Args:
+        latent: clean, (1, C, h, w).
+        size: (height, width) that the picture is to have, px.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
     with torch.no_grad():
         image = (job.model.decode(latent) / 2 + 0.5).clamp(0, 1)
     if tuple(image.shape[2:]) != tuple(size):

@@ -83,7 +83,11 @@ def fix_unmasked(job: Job) -> None:
 
 
 def result(job: Job, edit: Edit, image: np.ndarray) -> EditResult:
-    """What an edit of a job has come to, with its picture (H, W, 3) uint8."""
+    """What an edit of a job has come to.
+
+    Args:
+        image: its picture, (H, W, 3) uint8.
+    """
     positions, grid, size = edit.trajectory.positions, edit.points.grid, edit.sample.image.shape[:2]
     frames = [
         (step, picture, points.to_image(handles, image_size=size, grid=grid).numpy())

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dragdiff import cache, methods
+from dragdiff.aliases import Json
 from dragdiff.backbones import lora_file
 from dragdiff.backbones.loading import check_model, identity, structure
 from dragdiff.checks import check_settings, shared_settings
@@ -48,6 +49,7 @@ class Subject:
 
     @property
     def name(self) -> str:
+        """The sample's, by which tables and reports name it."""
         return self.sample.name
 
     @cached_property
@@ -68,7 +70,7 @@ class Variant:
     """Settings that a study compares; or, with a baseline's name in place of settings, an edit without a model."""
 
     name: str
-    settings: dict[str, Any]
+    settings: Json
     baseline: str = ""
 
 
@@ -89,7 +91,7 @@ class Task:
     lora_steps: tuple[int, ...] = ()
 
     @cached_property
-    def batch_key(self) -> Any:
+    def batch_key(self) -> object:
         """Tasks with the same can be edited in one batch; a baseline is by itself."""
         if self.config is None:
             return self.key
@@ -127,6 +129,7 @@ class Plan:
 
     @property
     def tasks(self) -> list[Task]:
+        """Of all subjects, in the order of the jobs."""
         return [task for job in self.jobs for task in job]
 
 
@@ -172,7 +175,7 @@ def expand(study: StudyConfig) -> Plan:
     return Plan(study, variants, subjects, broken, keys, jobs)
 
 
-def determinants(config: Config) -> dict[str, Any]:
+def determinants(config: Config) -> Json:
     """The settings that have a say in an edit's picture, as plain values; the model and the sample apart."""
     method = methods.find(config.method)
     generates, trains = config.generate.enabled, trained_steps(config) > 0
@@ -229,14 +232,14 @@ def variants_of(study: StudyConfig) -> list[Variant]:
     return _unique([Variant(_label(settings), settings) for settings in combinations])
 
 
-def _grid(grid: dict[str, Any]) -> list[dict[str, Any]]:
+def _grid(grid: Json) -> list[Json]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"grid.{key} is {values!r}: give a list of at least one value, e.g. {key}: [1, 2]")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _listed(number: int, entry: Any) -> Variant:
+def _listed(number: int, entry: object) -> Variant:
     if not isinstance(entry, dict):
         raise UserError(f"variant {number} is {entry!r}: it must hold key: value lines")
     settings = {key: value for key, value in entry.items() if key != "name"}
@@ -246,10 +249,10 @@ def _listed(number: int, entry: Any) -> Variant:
     return Variant(str(name), settings)
 
 
-def _drawn(study: StudyConfig) -> list[dict[str, Any]]:
+def _drawn(study: StudyConfig) -> list[Json]:
     """Different draws: as many as wanted, or as there are."""
     rng = np.random.default_rng(study.random_seed)
-    drawn: dict[str, dict[str, Any]] = {}
+    drawn: dict[str, Json] = {}
     for _ in range(TRIES * study.random_count):
         settings = {key: _draw(key, space, rng) for key, space in study.random.items()}
         drawn.setdefault(repr(settings), settings)
@@ -277,11 +280,11 @@ def _draw(key: str, space: Any, rng: np.random.Generator) -> Any:
     return round(value) if whole else float(f"{value:.3g}")
 
 
-def _label(settings: dict[str, Any]) -> str:
+def _label(settings: Json) -> str:
     return ", ".join(f"{key}={show(value)}" for key, value in settings.items()) or "default"
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A setting's value as it is written on the command line."""
     if isinstance(value, list):
         return f"[{','.join(show(entry) for entry in value)}]"
@@ -334,7 +337,7 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
             raise UserError(f"variant {variant.name!r} sets {key}, which {config.method} does not read")
     if config.generate.enabled:
         raise UserError(f"variant {variant.name!r} sets generate.enabled: a study edits the pictures of its data")
-    here: dict[str, Any] = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae")}
+    here: Json = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae", "unet")}
     return dataclasses.replace(
         config,
         seed=seed,
@@ -358,7 +361,7 @@ def _in_order(tasks: list[Task]) -> list[Task]:
         assert task.config is not None
         return repr((task.config.model, task.config.seed, dataclasses.replace(task.config.lora, steps=0)))
 
-    def shared(task: Task) -> tuple[Any, ...]:
+    def shared(task: Task) -> tuple[object, ...]:
         config = task.config
         if config is None:
             return (0,)

@@ -115,7 +115,7 @@ class _Run:
         self.plan, self.store, self.summary, self.report = plan, store, summary, report
         self.jobs = deque(deque(job) for job in jobs)
         self.places: dict[int, WorkerHandle] = {}
-        self.busy: dict[Future[Any], tuple[int, list[Task], list[deque[Task]]]] = {}
+        self.busy: dict[Future[object], tuple[int, list[Task], list[deque[Task]]]] = {}
         self.deaths: Counter[str] = Counter()
         self.most = 1  # edits that a worker gets at once
 
@@ -297,14 +297,14 @@ class _Run:
 
 # ------------------------------------------------------------------------------------------- what it takes
 
-Work = dict[str, dict[Any, tuple[float, list[str]]]]  # part -> what it is for -> forwards, keys of the tasks
+Work = dict[str, dict[object, tuple[float, list[str]]]]  # part -> what it is for -> forwards, keys of the tasks
 
 
 def work_of(tasks: Sequence[Task]) -> Work:
     """What is computed, in forwards of the denoiser, and for which tasks; parts that edits share are there once."""
     found: Work = {}
 
-    def add(part: str, identity: Any, forwards: float, key: str) -> None:
+    def add(part: str, identity: object, forwards: float, key: str) -> None:
         entries = found.setdefault(part, {})
         before, keys = entries.get(identity, (0.0, []))
         entries[identity] = max(before, forwards), [*keys, key]

@@ -51,6 +51,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
+        """What is kept of an exception: a user's mistake by its text, anything else with its traceback."""
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
         return cls(reason, "".join(traceback.format_exception(error)))
 

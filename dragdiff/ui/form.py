@@ -6,10 +6,10 @@ import functools
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from dragdiff.aliases import Json
 from dragdiff.config import Config, UIConfig, config_folder, find_overlay, load_config
 from dragdiff.errors import UserError
 from dragdiff.options import as_it_stands, walk
@@ -45,7 +45,7 @@ class Form:
             if key not in ON_THE_PAGE and (not f.metadata["local"] or len(self.choices.get(key, ())) > 1)
         }
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[Json]:
         """Each setting with its explanation and limits, as plain values."""
         defaults = {key: value for key, _, value in walk(Config())}
         fields = []
@@ -64,12 +64,12 @@ class Form:
             )
         return fields
 
-    def values(self, model: str, preset: str) -> dict[str, Any]:
+    def values(self, model: str, preset: str) -> Json:
         """What each setting is with this model and preset, before a visitor changes anything."""
         config = self._load(model, preset, {})
         return {key: value for key, _, value in walk(config) if key in self.keys}
 
-    def config(self, request: Mapping[str, Any], **settings: Any) -> Config:
+    def config(self, request: Mapping[str, object], **settings: object) -> Config:
         """The config of a request with `model`, `preset`, and the `settings` that were changed.
 
         Args:
@@ -95,7 +95,7 @@ class Form:
             raise UserError(f"the picture would have {pixels} pixels: at most {self.settings.max_megapixels:g} million")
         return config
 
-    def command(self, request: Mapping[str, Any], name: str) -> dict[str, str]:
+    def command(self, request: Mapping[str, object], name: str) -> dict[str, str]:
         """The `edit.py` line that does the same with the downloaded edit unpacked beside it; and its settings in YAML.
 
         Raises:
@@ -108,7 +108,7 @@ class Form:
         files = self._files(str(request["model"]), str(request.get("preset") or ""))
         words = [f"{key}={_as_text(value)}" for key, value in changes.items()]
         line = shlex.join(["python", "edit.py", *(self._named(file) for file in files), f"sample={name}", *words])
-        nested: dict[str, Any] = {}
+        nested: Json = {}
         for key, value in changes.items():
             *sections, last = key.split(".")
             holder = nested
@@ -118,7 +118,7 @@ class Form:
         text = yaml.safe_dump(as_it_stands(nested), sort_keys=False, allow_unicode=True)
         return {"line": line, "yaml": text if nested else ""}
 
-    def _load(self, model: str, preset: str, changes: Mapping[str, Any]) -> Config:
+    def _load(self, model: str, preset: str, changes: Mapping[str, object]) -> Config:
         files = self._files(model, preset)
         # a text of a visitor's is a text, never a reference to the environment
         return load_config([*files, self._work_size(model, preset)], [as_it_stands(dict(changes))])
@@ -128,7 +128,7 @@ class Form:
         return [*([self._overlay(self.presets, preset)] if preset else []), self._overlay(self.models, model)]
 
     @functools.lru_cache(maxsize=100)  # noqa: B019  one form lives as long as the server
-    def _work_size(self, model: str, preset: str) -> dict[str, Any]:
+    def _work_size(self, model: str, preset: str) -> Json:
         return (
             {} if load_config(self._files(model, preset)).data.max_size else {"data.max_size": self.settings.max_size}
         )
@@ -153,7 +153,7 @@ def check_length(what: str, text: str) -> None:
         raise UserError(f"the {what} has {len(text)} characters: at most {LONGEST} are read")
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"[{','.join(map(_as_text, value))}]" if isinstance(value, list) else str(value)

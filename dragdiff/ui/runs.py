@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dragdiff import methods
+from dragdiff.aliases import Json
 from dragdiff.config import Config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
@@ -36,7 +37,7 @@ class Run:
 
     kind: str
     config: Config
-    request: dict[str, Any]
+    request: Json
     folder: Path
     cache: Path
     sample: EditSample | None = None
@@ -49,16 +50,17 @@ class Run:
     note: str = ""
     way: list[tuple[int, list[list[float]]]] = field(default_factory=list)
     previews: list[int] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Json = field(default_factory=dict)
     version: int = 0
     _stage_began: float = 0.0
     _pace: float = 0.0  # seconds for what costs as much as a forward
 
     @property
     def ended(self) -> bool:
+        """Whether nothing more will become of it."""
         return self.status in ENDED
 
-    def told(self, message: dict[str, Any], now: float) -> None:
+    def told(self, message: Json, now: float) -> None:
         """Take in one message of the worker."""
         if "stage" in message:
             if message["stage"] != self.stage or message["done"] == 0:
@@ -100,7 +102,7 @@ class Run:
             costs[stage.name] = costs.get(stage.name, 0.0) + stage.forwards / max(stage.steps, 1)
         return costs
 
-    def as_json(self, ahead: int) -> dict[str, Any]:
+    def as_json(self, ahead: int) -> Json:
         """What the page shows of it.
 
         Args:
@@ -206,7 +208,7 @@ class Queue:
                 run.version += 1
         self._end_worker()
 
-    def _do(self, task: PageTask, run: Run | None) -> dict[str, Any]:
+    def _do(self, task: PageTask, run: Run | None) -> Json:
         try:
             self._ensure_worker()
             self._connection.send(task)
@@ -226,7 +228,7 @@ class Queue:
         except (EOFError, OSError):
             return {"status": "failed", "message": DIED.format(f"exit code {self._end_worker()}")}
 
-    def _given_up(self, seconds: float) -> dict[str, Any] | None:
+    def _given_up(self, seconds: float) -> Json | None:
         """What becomes of a run that has taken so long and says nothing; None = wait on."""
         if self._closed or (self._cancel.is_set() and time.monotonic() - self._cancelled_at > PATIENCE):
             return {"status": "cancelled"}
