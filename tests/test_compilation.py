@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dragdiff import Editor, EditSample, Request
 from dragdiff.backbones.compilation import COMPILED, Compilation
+from dragdiff.backbones.loading import load_backbone
 from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import Config, load_config
 from dragdiff.errors import UserError
@@ -144,6 +145,23 @@ def test_what_was_compiled_serves_later_edits_and_a_lora_is_trained_with_it(back
     assert max(np.abs(image - expected).max() for image in found) <= 1
 
 
+@pytest.mark.slow
+def test_every_stage_runs_compiled(tiny_sd):
+    """Of a network with blocks of three widths, whose code is compiled more often than torch does by itself."""
+    backbone = load_backbone(config(f"model.path={tiny_sd}", "model.device=cpu").model)
+    backbone.compilation = Compilation(backbone.network, lambda: gradient(backbone), backend=(backend := Calls()))
+    before: dict[str, int] = {}
+    calls: dict[str, int] = {}
+
+    def report(stage: str, done: int, total: int, note: str) -> None:
+        before.setdefault(stage, backend.calls)
+        calls[stage] = backend.calls - before[stage]
+
+    settings = config("control.enabled=false", "lora.steps=2", "drag.steps=2", "output.frames_every=0")
+    Editor(settings, backbone, report=report).edit(sample())
+    assert all(calls[stage] > 0 for stage in ("LoRA", "inversion", "drag", "denoise"))
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_batch_that_shrinks(backbone, steps):
     """With LoRAs each of its pictures has its own, beside the network."""
@@ -190,12 +208,12 @@ def test_attention_that_is_watched_or_shared_runs_as_it_is(backbone):
     use(backbone, backend)
     with torch.no_grad():
         expected = controlled()
-        with backbone.compiled():
-            calls = backend.calls
-            assert torch.equal(controlled(), expected)
-            assert backend.calls == calls
-            backbone.predict(torch.zeros(1, 4, 8, 8), torch.tensor(500), backbone.condition(["a cat"]))
-            assert backend.calls > calls  # and compiled again
+    with backbone.compiled(), torch.no_grad():
+        calls = backend.calls
+        assert torch.equal(controlled(), expected)
+        assert backend.calls == calls
+        backbone.predict(torch.zeros(1, 4, 8, 8), torch.tensor(500), backbone.condition(["a cat"]))
+        assert backend.calls > calls  # and compiled again
 
 
 def test_memory_running_out_is_not_taken_for_a_compiler_that_fails(backbone):

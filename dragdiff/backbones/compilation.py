@@ -16,6 +16,7 @@ COMPILED = "_compiled_call_impl"  # where torch keeps a module's compiled call
 # |difference| / |eager| of the gradient: compiled code rounds fused operations once. Where a gradient is lost (inductor
 # on a CPU, of the input of an up block) the distance is of its own size.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+VARIANTS = 64  # of a block's code: widths, with and without gradients, with LoRAs; more than torch's own 8 stay eager
 
 
 class Compilation:
@@ -35,15 +36,18 @@ class Compilation:
     def on(self) -> Iterator[None]:
         """The network with its blocks compiled; as it was on leaving. Where nothing can be compiled, or the gradient
         differs, a warning says so and the network stays as it is."""
-        if self._calls is None:
-            self._calls = self._trusted()
-        before = {module: vars(module).pop(COMPILED, None) for module in self._calls}
-        try:
-            for module, call in self._calls.items():
-                vars(module)[COMPILED] = call
-            yield
-        finally:
-            _put_back(before)
+        from torch._dynamo import config  # takes a second
+
+        with config.patch(cache_size_limit=VARIANTS):
+            if self._calls is None:
+                self._calls = self._trusted()
+            before = {module: vars(module).pop(COMPILED, None) for module in self._calls}
+            try:
+                for module, call in self._calls.items():
+                    vars(module)[COMPILED] = call
+                yield
+            finally:
+                _put_back(before)
 
     def _trusted(self) -> dict[nn.Module, Any]:
         expected = self.gradient()
