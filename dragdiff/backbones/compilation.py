@@ -16,19 +16,13 @@ COMPILED = "_compiled_call_impl"  # where torch keeps a module's compiled call
 # |difference| / |eager| of the gradient: compiled code rounds fused operations once. Where a gradient is lost (inductor
 # on a CPU, of the input of an up block) the distance is of its own size.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-VARIANTS = 64  # of a block's code: widths, with and without gradients, with LoRAs; more than torch's own 8 stay eager
 
 
 class Compilation:
     """Compiled calls of a network's blocks, kept from edit to edit."""
 
     def __init__(self, network: Any, gradient: Callable[[], Tensor], **options: Any) -> None:
-        """
-        Args:
-            network: a diffusers model with `compile_repeated_blocks`.
-            gradient: of its output by its latent, for fixed inputs.
-            options: of `torch.compile`.
-        """
+        """Args: a diffusers model; the gradient of its output by its latent; options of `torch.compile`."""
         self.network, self.gradient, self.options = network, gradient, options
         self._calls: dict[nn.Module, Any] | None = None
 
@@ -38,16 +32,15 @@ class Compilation:
         differs, a warning says so and the network stays as it is."""
         from torch._dynamo import config  # takes a second
 
-        with config.patch(cache_size_limit=VARIANTS):
+        with config.patch(cache_size_limit=64):  # kinds of a block's code: width, gradient, LoRA
             if self._calls is None:
                 self._calls = self._trusted()
-            before = {module: vars(module).pop(COMPILED, None) for module in self._calls}
+            before = {module: vars(module).get(COMPILED) for module in self._calls}
             try:
-                for module, call in self._calls.items():
-                    vars(module)[COMPILED] = call
+                _set(self._calls)
                 yield
             finally:
-                _put_back(before)
+                _set(before)
 
     def _trusted(self) -> dict[nn.Module, Any]:
         expected = self.gradient()
@@ -64,12 +57,12 @@ class Compilation:
         except Exception as error:  # a compiler's errors have no common base
             reason = f"the network can't be compiled here ({one_line(error)})"
         finally:
-            _put_back(before)
+            _set(before)
         warnings.warn(f"model.compile: {reason}: it stays as it is, which is slower", stacklevel=2)
         return {}
 
 
-def _put_back(calls: dict[nn.Module, Any]) -> None:
+def _set(calls: dict[nn.Module, Any]) -> None:
     for module, call in calls.items():
         vars(module).pop(COMPILED, None)
         if call is not None:
@@ -79,11 +72,8 @@ def _put_back(calls: dict[nn.Module, Any]) -> None:
 @contextmanager
 def eager(network: nn.Module) -> Iterator[None]:
     """While it lasts, nothing of the network runs compiled: its attention, or its layers, are changed for a while."""
-    calls = {module: vars(module)[COMPILED] for module in network.modules() if vars(module).get(COMPILED)}
+    calls = {module: vars(module).pop(COMPILED, None) for module in network.modules()}
     try:
-        for module in calls:
-            vars(module)[COMPILED] = None
         yield
     finally:
-        for module, call in calls.items():
-            vars(module)[COMPILED] = call
+        _set(calls)
