@@ -233,7 +233,7 @@ def _methods(plan: Plan) -> str:
     """Which methods the variants are, with their papers."""
     edits = [config_of(plan.study, variant, plan.study.seeds[0]) for variant in plan.variants if not variant.baseline]
     found = [methods.find(name) for name in dict.fromkeys(edit.method for edit in edits)]
-    papers = ", ".join(f"{method.name} ([{method.paper}](https://arxiv.org/abs/{method.paper}))" for method in found)
+    papers = ", ".join(f"{method.name} (arXiv {method.paper})" for method in found)
     return f"Method{'s' if len(found) > 1 else ''}: {papers}."
 
 
