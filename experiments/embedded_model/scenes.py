@@ -2,7 +2,7 @@
 
 Two families of pictures are drawn from signed distances (numpy only, vectorised over scenes):
 
-- *landscape*: a sun or moon in a day, dusk or night sky, one or two snow-capped mountains, mostly a tower, hilly ground;
+- *landscape*: a sun or moon in a day, dusk or night sky, one or two snowy mountains, mostly a tower, hilly ground;
 - *room*: a ball, mostly a clock, often a second ball or a box, before a wall on a floor.
 
 Each kind of edit moves one part: sun, mountain peak and ball go elsewhere, the tower grows or shrinks, the clock's hand
@@ -163,9 +163,7 @@ def _mountain(p: Parameters, x: Array, y: Array, suffix: str = "") -> Array:
     """A triangle from the peak to two fixed feet: the larger of its flanks' distances."""
     peak = _column(p[f"peak{suffix}_x"]), _column(p[f"peak{suffix}_y"])
     foot, half = _column(p[f"foot{suffix}_x"]), _column(p[f"foot{suffix}_half"])
-    return np.maximum(
-        _right_of(x, y, peak, (foot + half, _base(p))), -_right_of(x, y, peak, (foot - half, _base(p)))
-    )
+    return np.maximum(_right_of(x, y, peak, (foot + half, _base(p))), -_right_of(x, y, peak, (foot - half, _base(p))))
 
 
 def _box(x: Array, y: Array, centre_x: Array, half_width: Array, top: Array, bottom: Array) -> Array:
