@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from scenes import KINDS, RENDERERS, caption, make_scene, render, sample_parameters
 
@@ -155,13 +155,13 @@ def main() -> None:
         draw_edits().save(args.out / "edits.png")
     if "curves" in args.only:
         draw_curves(args.work, args.out)
-    if "reconstruction" in args.only or "samples" in args.only:
+    if "reconstruction" in args.only:
+        vae = AutoencoderKL.from_pretrained(args.checkpoint / "vae", use_safetensors=True).float()
+        report_reconstruction(vae, args.out)
+    if "samples" in args.only:
         pipeline = StableDiffusionPipeline.from_pretrained(args.checkpoint, use_safetensors=True).to(torch.float32)
         pipeline.set_progress_bar_config(disable=True)
-        if "reconstruction" in args.only:
-            report_reconstruction(pipeline.vae, args.out)
-        if "samples" in args.only:
-            report_samples(pipeline, args.out, args.samples, args.guidance, args.sampling_steps)
+        report_samples(pipeline, args.out, args.samples, args.guidance, args.sampling_steps)
 
 
 def save(picture: np.ndarray, path: Path) -> None:

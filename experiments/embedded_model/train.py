@@ -408,23 +408,30 @@ def build_denoiser(work: Path, tokenizer: CLIPTokenizer, **kwargs) -> Denoiser:
 
 
 def export(work: Path, destination: Path) -> None:
-    """Write the weights so far as an fp16 safetensors pipeline, with the `progress.json` that a run goes on from."""
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    vae, nets, factor = load_vae(work), load_nets(work, len(tokenizer)), work / "scaling_factor.json"
-    if factor.exists():
-        vae.register_to_config(scaling_factor=json.loads(factor.read_text()))
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=nets["text_encoder"],
-        tokenizer=tokenizer,
-        unet=nets["unet"],
-        scheduler=sd_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(destination, safe_serialization=True)
+    """Write the weights so far, fp16 safetensors, with the `progress.json` that a run goes on from.
+
+    A whole pipeline, or autoencoder and tokenizer alone until text encoder and UNet are begun.
+    """
+    tokenizer, vae = CLIPTokenizer.from_pretrained(work / "tokenizer"), load_vae(work)
+    if (work / "scaling_factor.json").exists():
+        vae.register_to_config(scaling_factor=json.loads((work / "scaling_factor.json").read_text()))
+    if (work / "denoiser" / "last.ckpt").exists() or before(work, "denoiser")["steps"]:
+        nets = load_nets(work, len(tokenizer))
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=nets["text_encoder"],
+            tokenizer=tokenizer,
+            unet=nets["unet"],
+            scheduler=sd_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.to(dtype=torch.float16)
+        pipeline.save_pretrained(destination, safe_serialization=True)
+    else:  # an untrained UNet is not worth its megabytes
+        tokenizer.save_pretrained(destination / "tokenizer")
+        vae.half().save_pretrained(destination / "vae")
     progress: dict[str, object] = {"training_seed": TRAINING_SEED}
     for name in ("autoencoder", "denoiser"):
         state, total = trained(work, name, "-"), before(work, name)
