@@ -74,7 +74,7 @@ COLUMNS = (("left", 0, 46), ("middle", 54, 74), ("right", 82, UNIT))
 SUN_HEIGHTS = (("high", 0, 30), ("low", 38, UNIT))
 BALL_HEIGHTS = (("high", 0, 48), ("low", 66, UNIT))
 PEAK_HEIGHTS = (("high", 0, 44), ("low", 54, UNIT))
-TOWER_HEIGHTS = (("tall", 0, 54), ("short", 66, UNIT))
+TOWER_HEIGHTS = (("tall", 0, 58), ("short", 68, UNIT))
 RADII = (("small", 0, 14.5), ("large", 17, UNIT))
 HOURS = (("up", -30, 30), ("right", 60, 120), ("down", 150, 210), ("left", 240, 300), ("up", 330, 390))  # degrees
 
@@ -413,7 +413,7 @@ def _draw(family: str, rng: np.random.Generator, n: int) -> Parameters:
         "floor_colour": choice(FLOORS),
         "floor_texture": choice(FLOOR_TEXTURES),
         "horizon": horizon,
-        "clock": likely(0.75),
+        "clock": likely(0.85),
         "clock_x": uniform(clock_r + 3, UNIT - 3 - clock_r),
         "clock_y": uniform(clock_r + 3, 56),
         "clock_r": clock_r,
@@ -472,7 +472,7 @@ def _clear(family: str, p: Parameters) -> Array:
         return clear & ~_same_colour(p, ("mountain", MOUNTAINS), ("ground", GROUNDS))
     extra = p["extra"]
     clock, ball2, box = p["clock"] == 1, extra == EXTRAS.index("ball"), extra == EXTRAS.index("box")
-    clear = ~clock | _apart(p, "ball", "clock", -5)
+    clear = ~clock | (_apart(p, "ball", "clock", -5) & ~_same_colour(p, ("face", FACES), ("wall", WALLS)))
     clear &= ~ball2 | (_apart(p, "ball", "ball2", 3) & (p["ball_colour"] != p["ball2_colour"]))
     clear &= ~(ball2 & clock) | _apart(p, "ball2", "clock", -5)
     beside = np.abs(p["clock_x"] - p["box_x"]) > p["clock_r"] + p["box_half"]
