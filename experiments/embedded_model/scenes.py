@@ -475,6 +475,7 @@ def _clear(family: str, p: Parameters) -> Array:
     clear = ~clock | (_apart(p, "ball", "clock", -5) & ~_same_colour(p, ("face", FACES), ("wall", WALLS)))
     clear &= ~ball2 | (_apart(p, "ball", "ball2", 3) & (p["ball_colour"] != p["ball2_colour"]))
     clear &= ~(ball2 & clock) | _apart(p, "ball2", "clock", -5)
+    clear &= ~ball2 | ~_same_colour(p, ("ball2", BALLS), ("floor", FLOORS))
     beside = np.abs(p["clock_x"] - p["box_x"]) > p["clock_r"] + p["box_half"]
     clear &= ~(box & clock) | beside | (p["box_y"] > p["clock_y"] + p["clock_r"] - 3)
     in_box = np.abs(p["ball_x"] - p["box_x"]) < p["box_half"]
