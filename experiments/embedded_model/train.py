@@ -111,16 +111,22 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
 
 
 class StepwiseModule(L.LightningModule):
-    """Draws its batch from (rank, step), so that a resumed run goes on with the same data; warm-up, hold, decay.
+    """Draws its batch from (rank, step), so that a resumed run goes on with the same data; warm-up, hold, decay; EMA.
 
     Args:
+        nets: what is trained.
         lr: peak learning rate.
         steps: in all, `first_step` included: the last 30 % of them decay.
         first_step: steps already behind the weights that this run began with.
     """
 
-    def __init__(self, batch_size: int, lr: float, steps: int, first_step: int = 0) -> None:
+    def __init__(
+        self, nets: dict[str, torch.nn.Module], batch_size: int, lr: float, steps: int, first_step: int = 0
+    ) -> None:
         super().__init__()
+        self.nets = torch.nn.ModuleDict(nets)
+        self.ema = AveragedModel(self.nets, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        self.ema.requires_grad_(False)
         self.batch_size, self.lr, self.steps, self.first_step = batch_size, lr, steps, first_step
         self.register_buffer("seconds", torch.zeros((), dtype=torch.float64))  # of training, in this run
 
@@ -147,6 +153,7 @@ class StepwiseModule(L.LightningModule):
 
     def on_train_batch_end(self, *_) -> None:
         self.seconds += time.perf_counter() - self._started
+        self.ema.update_parameters(self.nets)
 
 
 class Autoencoder(StepwiseModule):
@@ -158,8 +165,8 @@ class Autoencoder(StepwiseModule):
     CROP = 64
 
     def __init__(self, images: np.ndarray, vae: AutoencoderKL, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.images, self.vae = images, vae
+        super().__init__({"vae": vae}, **kwargs)
+        self.images = images
 
     def batch(self) -> torch.Tensor:
         """(B, 3, S, S) in [-1, 1]."""
@@ -178,8 +185,9 @@ class Autoencoder(StepwiseModule):
 
     def training_step(self, _: int) -> torch.Tensor:
         x = self.batch().to(self.device)
-        posterior = self.vae.encode(x).latent_dist
-        y = self.vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
+        vae = self.nets["vae"]
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         mse = F.mse_loss(y, x)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         self.log("psnr", 10 * torch.log10(4 / mse), prog_bar=True)
@@ -188,13 +196,13 @@ class Autoencoder(StepwiseModule):
 
 
 class Denoiser(StepwiseModule):
-    """Text encoder and UNet on cached latents: epsilon MSE, weighted by the square root of min-SNR-5, with an EMA.
+    """Text encoder and UNet on cached latents: epsilon MSE, weighted by the square root of min-SNR-5.
 
     Args:
         mean, std: (N, 4, 16, 16) float16, the posterior of each scene's scaled latent.
         tokens: (N, 2, T), of each scene's captions with and without its layout.
         empty: (1, T), of the empty caption.
-        nets: "text_encoder" and "unet".
+        text_encoder, unet: trained together.
     """
 
     def __init__(
@@ -203,14 +211,12 @@ class Denoiser(StepwiseModule):
         std: torch.Tensor,
         tokens: torch.Tensor,
         empty: torch.Tensor,
-        nets: torch.nn.ModuleDict,
+        text_encoder: CLIPTextModel,
+        unet: UNet2DConditionModel,
         **kwargs,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__({"text_encoder": text_encoder, "unet": unet}, **kwargs)
         self.mean, self.std, self.tokens, self.empty = mean, std, tokens, empty
-        self.nets = nets
-        self.ema = AveragedModel(self.nets, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-        self.ema.requires_grad_(False)
         self.scheduler = sd_scheduler()
 
     def training_step(self, _: int) -> torch.Tensor:
@@ -232,10 +238,6 @@ class Denoiser(StepwiseModule):
         error = (predicted - noise.to(self.device)).square().mean(dim=(1, 2, 3))
         self.log("mse", error.mean(), prog_bar=True)
         return (weight * error).mean()
-
-    def on_train_batch_end(self, *args) -> None:
-        super().on_train_batch_end(*args)
-        self.ema.update_parameters(self.nets)
 
 
 def new_vae() -> AutoencoderKL:
@@ -266,7 +268,7 @@ def new_vae() -> AutoencoderKL:
     return vae
 
 
-def new_nets(vocabulary: int) -> torch.nn.ModuleDict:
+def new_nets(vocabulary: int) -> dict[str, torch.nn.Module]:
     """An untrained text encoder and UNet, the latter of Stable Diffusion's shape."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -294,7 +296,7 @@ def new_nets(vocabulary: int) -> torch.nn.ModuleDict:
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    return torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    return {"text_encoder": text_encoder, "unet": unet}
 
 
 def sd_scheduler() -> DDIMScheduler:
@@ -328,15 +330,18 @@ def fit(module: StepwiseModule, work: Path, name: str, args: argparse.Namespace)
     (work / f"{name}.done").touch()
 
 
-def trained(work: Path, name: str, prefix: str) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-    """What a stage's last checkpoint in this work folder holds below a prefix, and its steps and hours."""
-    last = work / name / "last.ckpt"
+def trained(work: Path, stage: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, float]]:
+    """The EMA weights of each net in a stage's last checkpoint of this work folder; its steps and hours."""
+    last = work / stage / "last.ckpt"
+    weights: dict[str, dict[str, torch.Tensor]] = {}
     if not last.exists():
-        return None
+        return weights, {"steps": 0, "hours": 0.0}
     checkpoint = torch.load(last, map_location="cpu", weights_only=False)
-    state = checkpoint["state_dict"]
-    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return weights, {"steps": checkpoint["global_step"], "hours": float(state["seconds"]) / 3600}
+    for key, value in checkpoint["state_dict"].items():
+        if key.startswith("ema.module."):
+            net, name = key.removeprefix("ema.module.").split(".", 1)
+            weights.setdefault(net, {})[name] = value
+    return weights, {"steps": checkpoint["global_step"], "hours": float(checkpoint["state_dict"]["seconds"]) / 3600}
 
 
 def before(work: Path, name: str) -> dict[str, float]:
@@ -350,22 +355,23 @@ def before(work: Path, name: str) -> dict[str, float]:
 
 def load_vae(work: Path) -> AutoencoderKL:
     """The autoencoder as far as it is trained, else as this work folder began."""
-    start, state = work / "start" / "vae", trained(work, "autoencoder", "vae.")
+    start = work / "start" / "vae"
     vae = AutoencoderKL.from_pretrained(start).float() if start.exists() else new_vae()
-    if state is not None:
-        vae.load_state_dict(state[0])
+    for weights in trained(work, "autoencoder")[0].values():
+        vae.load_state_dict(weights)
     return vae
 
 
-def load_nets(work: Path, vocabulary: int) -> torch.nn.ModuleDict:
-    """Text encoder and UNet (their EMA) as far as they are trained, else as this work folder began."""
-    start, state = work / "start", trained(work, "denoiser", "ema.module.")
-    nets = new_nets(vocabulary)
+def load_nets(work: Path, vocabulary: int) -> dict[str, torch.nn.Module]:
+    """Text encoder and UNet as far as they are trained, else as this work folder began."""
+    start = work / "start"
     if (start / "unet").exists():
-        nets["text_encoder"] = CLIPTextModel.from_pretrained(start / "text_encoder").float()
-        nets["unet"] = UNet2DConditionModel.from_pretrained(start / "unet").float()
-    if state is not None:
-        nets.load_state_dict(state[0])
+        text_encoder = CLIPTextModel.from_pretrained(start / "text_encoder").float()
+        nets = {"text_encoder": text_encoder, "unet": UNet2DConditionModel.from_pretrained(start / "unet").float()}
+    else:
+        nets = new_nets(vocabulary)
+    for net, weights in trained(work, "denoiser")[0].items():
+        nets[net].load_state_dict(weights)
     return nets
 
 
@@ -402,7 +408,7 @@ def build_denoiser(work: Path, tokenizer: CLIPTokenizer, **kwargs) -> Denoiser:
         torch.cat([shard["std"] for shard in shards]),
         torch.cat(tokens),
         tokenise([""]),
-        load_nets(work, len(tokenizer)).train(),
+        **{name: net.train() for name, net in load_nets(work, len(tokenizer)).items()},
         **kwargs,
     )
 
@@ -434,8 +440,7 @@ def export(work: Path, destination: Path) -> None:
         vae.half().save_pretrained(destination / "vae")
     progress: dict[str, object] = {"training_seed": TRAINING_SEED}
     for name in ("autoencoder", "denoiser"):
-        state, total = trained(work, name, "-"), before(work, name)
-        now = state[1] if state is not None else {"steps": 0, "hours": 0.0}
+        now, total = trained(work, name)[1], before(work, name)
         progress[name] = {"steps": total["steps"] + now["steps"], "hours": round(total["hours"] + now["hours"], 2)}
     (destination / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
 
@@ -470,7 +475,7 @@ def main() -> None:
     if args.only in (None, "autoencoder") and steps < args.vae_steps and not (work / "autoencoder.done").exists():
         images = render_pictures(work, args.pictures)
         settings = {"batch_size": args.vae_batch, "lr": 1e-3, "steps": args.vae_steps, "first_step": steps}
-        fit(Autoencoder(images, load_vae(work), **settings), work, "autoencoder", args)
+        fit(Autoencoder(images, load_vae(work).train(), **settings), work, "autoencoder", args)
     steps = before(work, "denoiser")["steps"]
     if args.only in (None, "denoiser") and steps < args.steps and not (work / "denoiser.done").exists():
         encode_scenes(load_vae(work), work, args.scenes)
