@@ -128,7 +128,7 @@ class StepwiseModule(L.LightningModule):
         self.ema = AveragedModel(self.nets, multi_avg_fn=get_ema_multi_avg_fn(0.999))
         self.ema.requires_grad_(False)
         self.batch_size, self.lr, self.steps, self.first_step = batch_size, lr, steps, first_step
-        self.register_buffer("seconds", torch.zeros((), dtype=torch.float64))  # of training, in this run
+        self.register_buffer("seconds", torch.zeros((), dtype=torch.float64))  # of CPU time, in this run
 
     @property
     def step(self) -> int:
@@ -149,10 +149,10 @@ class StepwiseModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, *_) -> None:
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def on_train_batch_end(self, *_) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self.seconds += time.process_time() - self._started
         self.ema.update_parameters(self.nets)
 
 
@@ -331,7 +331,7 @@ def fit(module: StepwiseModule, work: Path, name: str, args: argparse.Namespace)
 
 
 def trained(work: Path, stage: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, float]]:
-    """The EMA weights of each net in a stage's last checkpoint of this work folder; its steps and hours."""
+    """The EMA weights of each net in a stage's last checkpoint of this work folder; its steps and CPU hours."""
     last = work / stage / "last.ckpt"
     weights: dict[str, dict[str, torch.Tensor]] = {}
     if not last.exists():
@@ -345,7 +345,7 @@ def trained(work: Path, stage: str) -> tuple[dict[str, dict[str, torch.Tensor]],
 
 
 def before(work: Path, name: str) -> dict[str, float]:
-    """Steps and hours of a stage that are behind the weights which this work folder began with."""
+    """Steps and CPU hours of a stage that are behind the weights which this work folder began with."""
     path = work / "start" / "progress.json"
     return (json.loads(path.read_text()) if path.exists() else {}).get(name, {"steps": 0, "hours": 0.0})
 
