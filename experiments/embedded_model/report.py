@@ -138,7 +138,7 @@ def report_samples(pipeline: StableDiffusionPipeline, out: Path, each: int, guid
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "embedded_model", help="with the logs")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "embedded_model_128", help="with the logs")
     parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "embedded_report")
     parser.add_argument("--samples", type=int, default=12, help="of each family")

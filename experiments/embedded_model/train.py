@@ -447,7 +447,7 @@ def export(work: Path, destination: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "embedded_model", help="checkpoints and logs")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "embedded_model_128", help="of the run")
     parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint", help="fp16 weights")
     parser.add_argument("--pictures", type=int, default=20_000, help="that the autoencoder sees")
     parser.add_argument("--vae-steps", type=int, default=30_000)
