@@ -120,10 +120,11 @@ class StageCache:
         except DAMAGED as error:
             if not _exists(entry):
                 return None
-            value = self._once_more(entry, load)
-            if value is None:
+            again = self._once_more(entry, load)
+            if again is None:
                 warnings.warn(f"cache entry {entry} is broken and is made again: {one_line(error)}", stacklevel=2)
                 return None
+            value = again
         except OSError as error:
             if _exists(entry):
                 warnings.warn(f"cannot read the cache entry {entry}: {one_line(error)}; it is made again", stacklevel=2)

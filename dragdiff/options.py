@@ -80,7 +80,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def walk(config: object, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     """Each option of a config as (dotted key, field, value), sections flattened."""
     for f in fields(config):
         value = getattr(config, f.name)

@@ -285,8 +285,9 @@ def _inverted(job: Job, scheduler: Any, layers: list[str]) -> Source:
                 predict, torch.cat(clean), scheduler=scheduler, steps=steps, report=lambda done: advance(done, "")
             )
         for row, number in enumerate(missing):
-            paths[number] = torch.cat([latents[row, None] for latents in path])
-            store.put(keys[number], {"path": paths[number]}, save=cache.save_tensors)
+            inverted = torch.cat([latents[row, None] for latents in path])
+            store.put(keys[number], {"path": inverted}, save=cache.save_tensors)
+            paths[number] = inverted
     return Source(job, [torch.stack(rows) for rows in zip(*paths.values(), strict=True)], scheduler, recorded)
 
 

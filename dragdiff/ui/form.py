@@ -95,7 +95,7 @@ class Form:
             raise UserError(f"the picture would have {pixels} pixels: at most {self.settings.max_megapixels:g} million")
         return config
 
-    def command(self, request: Mapping[str, object], name: str) -> dict[str, str]:
+    def command(self, request: Json, name: str) -> dict[str, str]:
         """The `edit.py` line that does the same with the downloaded edit unpacked beside it; and its settings in YAML.
 
         Raises:
