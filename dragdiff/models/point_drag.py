@@ -215,14 +215,20 @@ class PointDrag(L.LightningModule):
                 drag.steps_done += 1
 
     def _log(self, drags: Sequence[int]) -> None:
-        """By Lightning's own means; steps count on from level to level."""
-        values: dict[str, Tensor | float] = {}
+        """Tell loggers and callbacks a step's values; steps count on from level to level.
+
+        Not by `self.log`, which takes half a millisecond for each of them.
+        """
+        values: dict[str, float] = {}
         for number in drags:
-            drag = self.drags[number]
-            values |= {of_run(number, name, len(self.drags)): value for name, value in drag.values.items()}
-            values["step"] = float(drag.first + self.trainer.fit_loop.batch_idx)
+            drag, count = self.drags[number], len(self.drags)
+            values |= {of_run(number, name, count): float(value) for name, value in drag.values.items()}
             drag.values = {}
-        self.log_dict(values)
+        step = self.drags[drags[0]].first + self.trainer.fit_loop.batch_idx if drags else 0
+        for logger in self.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch}, step)
+            logger.save()
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         adams = [torch.optim.Adam([drag.value], lr=drag.lr) for drag in self.drags]
