@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dragdiff.modules.features import replaced
 
 
-class Variable(nn.Module):
+class Variable(nn.Module, ABC):
     """Parameters of several edits that share forwards.
 
     Attributes:
@@ -33,13 +34,13 @@ class Variable(nn.Module):
         """The values of some edits, (B, ...)."""
         return torch.cat([self.values[edit] for edit in edits])
 
+    @abstractmethod
     def only(self, edits: Sequence[int]) -> Variable:
         """The same of some edits, from where they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latents(self, edits: Sequence[int]) -> Tensor:
         """(B, C, h, w) that enter the forward of some edits."""
-        raise NotImplementedError
 
     def applied(self, edits: Sequence[int]) -> AbstractContextManager[None]:
         """The network as the values of some edits change it."""
