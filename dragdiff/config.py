@@ -287,7 +287,11 @@ class Config:
     A method that has settings of its own has a section of its name for them, see `config_class`.
     """
 
-    method: str = option(DEFAULT_METHOD, "how the edit is done, by name: `dragdiff methods` lists them", own=False)
+    method: str = option(
+        DEFAULT_METHOD,
+        "how the edit is done, by name (`dragdiff methods` lists them), or by a file of your own, my_method.py",
+        local=True,
+    )
     sample: str = option(
         "",
         "a sample folder (ours, DragBench, Drag100), a folder of many, example:NAME, or a drawn scene:KIND-SEED",
@@ -327,31 +331,34 @@ class Config:
     @property
     def own(self) -> Any:
         """The settings that the method alone has, of the dataclass in its file; None where it has none."""
-        return getattr(self, self.method, None)
+        return getattr(self, methods.find(self.method).name, None)
 
     def reads(self, key: str) -> bool:
         """Whether the method reads the option of a dotted key: those outside of the shared sections all do."""
         return key.partition(".")[0] not in METHODS_OWN or methods.find(self.method).reads_key(key)
 
-    def __reduce__(self) -> Any:  # the classes that `config_class` makes are in no module
-        return _unpickled, (self.method, vars(self))
+    def __reduce__(self) -> Any:  # the classes that `config_class` makes, and a method's file, may not be found there
+        method, values = methods.find(self.method), dict(vars(self))
+        if self.own is not None:
+            values[method.name] = vars(self.own)
+        return _unpickled, (self.method, method.source if methods.is_file(self.method) else "", values)
 
 
-def _unpickled(method: str, values: Json) -> Config:
-    return config_class(method)(**values)
+def _unpickled(method: str, source: str, values: Json) -> Config:
+    if source:
+        methods.bring_file(method, source)
+    found = methods.find(method)
+    if found.settings is not None:
+        values[found.name] = found.settings(**values[found.name])
+    return config_class(found)(**values)
 
 
 @functools.cache
-def config_class(method: str) -> type[Config]:
-    """`Config` for a method: with a section of its name where it has settings of its own.
-
-    Raises:
-        UserError: there is no such method.
-    """
-    settings = methods.find(method).settings
-    if settings is None:
+def config_class(method: Method) -> type[Config]:
+    """`Config` for a method: with a section of its name where it has settings of its own."""
+    if method.settings is None:
         return Config
-    section = (method, settings, field(default_factory=settings))
+    section = (method.name, method.settings, field(default_factory=method.settings))
     return dataclasses.make_dataclass("Config", [section], bases=(Config,))
 
 
@@ -423,6 +430,9 @@ class StudyConfig:
     random_count: int = option(10, "variants drawn", at_least(1))
     random_seed: int = option(0, "of their draw", at_least(0))
     reference: str = option("", "the variant that reports compare the others with, by name; empty = the first")
+    published: Json = option(
+        {}, "papers' own figures, {variant: {column: number or text}}; they stand beside the measured ones in a report"
+    )
     seeds: list[int] = option([42], "each variant runs once with each; where nothing is drawn (no LoRA) they agree")
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     results: str = option("outputs/studies", "folder or fsspec URL; studies that share it share their edits")
@@ -508,22 +518,25 @@ def load_config(files: Sequence[str | Path | Json] = (), overrides: Sequence[str
             or range.
     """
     overlays: list[Layer] = [
-        (file, "the settings") if isinstance(file, dict) else (read_yaml(find_overlay(file)), str(file))
+        (file, "the settings") if isinstance(file, dict) else (overlay_of(find_overlay(file)), str(file))
         for file in files
     ]
-    method = methods.find(_chosen(overlays, overrides))
-    kind = config_class(method.name)
-    layers: list[Layer] = [({"method": method.name, **method.published}, f"in the file of {method.name}")]
+    chosen = _chosen(overlays, overrides)
+    if methods.is_file(chosen):
+        chosen = str(Path(chosen).expanduser().absolute())
+        methods.bring_file(chosen)  # as it is now
+    method = methods.find(chosen)
+    kind = config_class(method)
+    layers: list[Layer] = [(method.published, f"in the file of {method.name}")]
     for overlay, name in overlays:
         layers += _meant_for(method, overlay, f"in {name}")
-    layers.append(({"method": method.name}, ""))
     given: list[Layer] = [
         (override, "in the settings")
         if isinstance(override, dict)
         else (read_override(kind, override), f"in {override!r}")
         for override in overrides
     ]
-    config = merged(kind, [*layers, *given])
+    config = merged(kind, [*layers, *given, ({"method": as_it_stands(chosen)}, "")])
     check(config)
     for key in [key for values, _ in given for key, _ in flat(values)]:
         if not config.reads(key):
@@ -544,12 +557,13 @@ def _chosen(overlays: Sequence[Layer], overrides: Sequence[str | Json]) -> str:
 
 def _meant_for(method: Method, overlay: Values, where: str) -> list[Layer]:
     """What an overlay wants of a method."""
-    theirs = str(overlay.get("method", DEFAULT_METHOD))
+    theirs = methods.find(str(overlay.get("method", DEFAULT_METHOD))).name
     own = overlay.get("methods", {})
     if not isinstance(own, dict):
         raise UserError(f"methods {where} is {own!r}: it must hold settings by the names of methods")
     for name in own:
-        methods.find(str(name))
+        if name != method.name:
+            methods.find(str(name))
     plain = {key: value for key, value in overlay.items() if key != "methods"}
     if theirs != method.name:
         bound = (*METHODS_OWN, theirs)
@@ -565,6 +579,34 @@ def _meant_for(method: Method, overlay: Values, where: str) -> list[Layer]:
     if own.get(method.name):
         layers.append((own[method.name], f"below methods.{method.name} {where}"))
     return layers
+
+
+def overlay_of(file: Path) -> Values:
+    """What a YAML file says; the files of methods that it names lie below its folder, and are found there.
+
+    Raises:
+        UserError: as `read_yaml`; or it names such a file elsewhere: others' settings must not run what is not theirs.
+    """
+    folder = file.absolute().parent
+
+    def rooted(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: rooted(entry, str(name)) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [rooted(entry, key) for entry in value]
+        if key != "method" or not (isinstance(value, str) and methods.is_file(value)):
+            return value
+        path = (folder / value).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise UserError(
+                f"method is {value!r} in {file}: a settings file may only name a method's file below its own folder; "
+                f"name it on the command line, method={value}"
+            )
+        warnings.warn(f"{file} names the method of {path}, which is run", stacklevel=2)
+        return as_it_stands(str(path))
+
+    rooted_overlay: Values = rooted(read_yaml(file))
+    return rooted_overlay
 
 
 def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
@@ -605,7 +647,7 @@ def loaded(kind: type[T], layers: Sequence[Layer], overrides: Sequence[str]) -> 
 def _study_overlays(file: Path, depth: int = 0) -> list[Layer]:
     if not file.is_file():
         raise UserError(f"no study file {str(file)!r}: give a YAML file, e.g. experiments/scenes/timestep.yaml")
-    overlay = read_yaml(file)
+    overlay = overlay_of(file)
     if not overlay.get("extends"):
         return [(overlay, f"in {file}")]
     if depth == 9:
@@ -642,3 +684,14 @@ def check(config: Config) -> None:
 def to_yaml(config: Config | StudyConfig) -> str:
     """The whole resolved config; `load_config` of it alone gives the same config."""
     return OmegaConf.to_yaml(as_it_stands(dataclasses.asdict(config)))
+
+
+def to_files(config: Config) -> dict[str, str]:
+    """What repeats an edit, by name: `config.yaml`, and beside it a copy of its method's file where it has one."""
+    if not methods.is_file(config.method):
+        return {"config.yaml": to_yaml(config)}
+    name = Path(config.method).name
+    return {
+        "config.yaml": to_yaml(dataclasses.replace(config, method=name)),
+        name: methods.find(config.method).source,
+    }

@@ -25,9 +25,10 @@ from dragdiff.callbacks import Watch
 from dragdiff.checks import check_settings, shared_settings
 from dragdiff.config import Config, ModelConfig, load_config
 from dragdiff.data.sample import EditSample
-from dragdiff.errors import UserError
-from dragdiff.job import EditResult, Job, NothingLeft, Request
+from dragdiff.errors import NothingLeft, UserError
+from dragdiff.job import EditResult, Job, Request
 from dragdiff.loggers import log_result, open_logger
+from dragdiff.methods.method import Method
 from dragdiff.models.trainer import Recording
 from dragdiff.modules import points
 from dragdiff.modules.lora import LoRA
@@ -60,16 +61,27 @@ class Editor:
         ran_together: edits of the last batch, or pictures whose LoRAs were trained.
     """
 
-    def __init__(self, config: Config, backbone: Diffusion | None = None, *, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        backbone: Diffusion | None = None,
+        *,
+        method: Method | None = None,
+        report: Report | None = None,
+    ) -> None:
         """
         Args:
             config: the settings; checked here.
             backbone: a loaded model; None loads the one that the config names.
+            method: one of your own, in place of the config's; then sections that each method has values of its own for
+                are at this one's.
             report: called after each step of each stage.
 
         Raises:
             UserError: bad settings, or no such model.
         """
+        if method is not None:
+            config = load_config([dataclasses.asdict(config)], [{"method": methods.bring(method)}])
         check_settings(config, structure(config.model) if backbone is None else None)
         adapters.named(config)
         self.config, self.backbone = config, backbone or load_backbone(config.model)
@@ -87,9 +99,17 @@ class Editor:
         self.ran_together = 0
 
     @classmethod
-    def from_config(cls, *files: str | Path, overrides: Sequence[str] = (), **kwargs: Any) -> Editor:
-        """An editor from YAML overlays (paths, or names of shipped ones) and `key=value` overrides."""
-        return cls(load_config(files, overrides), **kwargs)
+    def from_config(
+        cls, *files: str | Path, overrides: Sequence[str] = (), method: Method | None = None, **kwargs: Any
+    ) -> Editor:
+        """An editor from YAML overlays (paths, or names of shipped ones) and `key=value` overrides.
+
+        Args:
+            method: one of your own, whose settings the overrides may name.
+            kwargs: as for `Editor`.
+        """
+        chosen = [] if method is None else [f"method={methods.bring(method)}"]
+        return cls(load_config(files, [*chosen, *overrides]), **kwargs)
 
     # ------------------------------------------------------------------------------------------- edits
 
@@ -171,6 +191,7 @@ class Editor:
                 except UserError as error:
                     outcomes[number] = UserError(str(error))  # without what its traceback holds
             images = self.method.run(job) if job.edits else []
+            _check_pictures(self.method, images, job)
             self.ran_together = len(job.edits)
             for edit, image in zip(job.edits, images, strict=True):
                 outcomes[edit.number] = edits.result(job, edit, image)
@@ -362,6 +383,20 @@ class OneModel:
             self._editor = Editor(config, load_backbone(config.model))
             self._loaded = copy.copy(config.model)
         return self._editor.reconfigured(config, report=report)
+
+
+def _check_pictures(method: Method, images: object, job: Job) -> None:
+    """
+    Raises:
+        UserError: a method's `run` has not returned a picture of its size for each edit.
+    """
+    sizes = [edit.sample.image.shape for edit in job.edits]
+    got = [getattr(image, "shape", image) for image in images] if isinstance(images, list) else images
+    if got != sizes or not all(image.dtype == np.uint8 for image in images):
+        raise UserError(
+            f"{method.name}: run must return a list with a picture (H, W, 3) uint8 for each edit: expected "
+            f"{sizes}, got {str(got)[:200]}"
+        )
 
 
 @contextmanager

@@ -16,6 +16,10 @@ class DeviceLost(UserError):
     """A GPU answers every call with an error; until the process that has it ends, nothing can be done there."""
 
 
+class NothingLeft(Exception):
+    """Every edit of a job has failed."""
+
+
 def one_line(error: BaseException) -> str:
     """The text of somebody else's exception on one line of at most 200 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

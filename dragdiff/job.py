@@ -22,7 +22,7 @@ from dragdiff.backbones.diffusion import Condition, Diffusion
 from dragdiff.callbacks import Frames, Trajectory, Watch
 from dragdiff.config import Config
 from dragdiff.data.sample import EditSample
-from dragdiff.errors import UserError
+from dragdiff.errors import NothingLeft, UserError
 from dragdiff.modules.points import Points, to_image
 
 if TYPE_CHECKING:
@@ -125,10 +125,6 @@ class Edit:
         way = to_image(torch.stack(list(positions)), image_size=size, grid=self.points.grid).numpy()
         way[0] = self.sample.handles  # where the person clicked, not its rounding to the grid
         return way
-
-
-class NothingLeft(Exception):
-    """Every edit of a job has failed."""
 
 
 @dataclass(eq=False)

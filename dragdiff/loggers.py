@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dragdiff import methods
 from dragdiff.aliases import Json
 from dragdiff.config import Config, LoggerConfig
 from dragdiff.errors import UserError, one_line
@@ -79,7 +80,7 @@ def _wandb_run(config: Config, name: str, folder: Path) -> AbstractContextManage
 
 def wandb_tags(config: Config) -> list[str]:
     """Method and model."""
-    return [config.method, Path(config.model.path).name[:WANDB_TAG]]
+    return [methods.find(config.method).name, Path(config.model.path).name[:WANDB_TAG]]
 
 
 @contextmanager

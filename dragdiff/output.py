@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
+from dragdiff import methods
 from dragdiff.aliases import Json
-from dragdiff.config import Config, to_yaml
+from dragdiff.config import Config, to_files
 from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,11 +44,17 @@ def new_folder(config: Config) -> Path:
                 break
             except FileExistsError:
                 continue
-        with written(folder / "config.yaml") as file:
-            file.write_text(to_yaml(config), "utf-8")
+        _write_texts(folder, to_files(config))
     except OSError as error:
         raise UserError(f"cannot write to output.folder {config.output.folder!r}: {error.strerror or error}") from error
     return folder
+
+
+def unused(config: Config) -> str:
+    """An `output.name` under which nothing is yet: the wanted one, or that with a number."""
+    first = _first_choice(config)
+    names = itertools.chain([config.output.name], (f"{config.output.name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(first.with_name(Path(name).name)))
 
 
 def check_writable(config: Config) -> None:
@@ -87,19 +94,28 @@ def save(result: EditResult, folder: Path) -> list[Path]:
     """Write an edit's files, each whole or not at all.
 
     Returns:
-        Where they are: `edited.png`, `comparison.png`, `trajectory.gif`, `metrics.json`, `config.yaml`.
+        Where they are: `edited.png`, `comparison.png`, `trajectory.gif`, `metrics.json`; `mask.png` where the sample
+        has one, so that the result can be dragged on; `config.yaml`, and with it a method's file of the user's own.
     """
+    mask, texts = result.sample.mask, to_files(result.config)
     with written(folder / "edited.png") as file:
         Image.fromarray(result.image).save(file)
     with written(folder / "comparison.png") as file:
         comparison(result).save(file)
     with written(folder / "trajectory.gif") as file:
         _save_gif(animation(result), file)
-    with written(folder / "metrics.json") as file:
-        file.write_text(json.dumps(metrics(result), indent=2) + "\n")
-    with written(folder / "config.yaml") as file:
-        file.write_text(to_yaml(result.config), "utf-8")
-    return [folder / name for name in ("edited.png", "comparison.png", "trajectory.gif", "metrics.json", "config.yaml")]
+    if mask is not None:
+        with written(folder / "mask.png") as file:
+            Image.fromarray(np.asarray(mask).astype(np.uint8) * 255).save(file)
+    _write_texts(folder, {"metrics.json": json.dumps(metrics(result), indent=2) + "\n"} | texts)
+    pictures = ["edited.png", "comparison.png", "trajectory.gif", *([] if mask is None else ["mask.png"])]
+    return [folder / name for name in (*pictures, "metrics.json", *texts)]
+
+
+def _write_texts(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        with written(folder / name) as file:
+            file.write_text(content, "utf-8")
 
 
 def metrics(result: EditResult) -> Json:
@@ -118,7 +134,8 @@ def metrics(result: EditResult) -> Json:
             point["distance_after_px"] = round(float(result.distance_after[number]), 3)
         points.append(point)
     return {
-        "method": result.config.method,
+        "method": methods.find(result.config.method).name,
+        "prompt": result.sample.prompt,
         "points": points,
         "steps": result.steps,
         "stop_reason": result.stop_reason,
@@ -136,6 +153,35 @@ def comparison(result: EditResult) -> Image.Image:
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width + gap, 0))
     return sheet
+
+
+def side_by_side(results: Sequence[EditResult]) -> Image.Image:
+    """The source and what each method has made of it, with its name, seconds and distances.
+
+    Args:
+        results: of one sample.
+    """
+    sample = results[0].sample
+    scale = _scale(sample, least=SHOWN_SIDE, most=ANIMATED_SIDE)
+    pictures = [annotated(sample, scale=scale), *(_resized(result.image, scale) for result in results)]
+    captions = ["source", *map(_in_words, results)]
+    font = ImageFont.load_default(max(12, pictures[0].width // 26))
+    gap, line = max(4, pictures[0].width // 60), round(1.4 * font.size)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", ((width + gap) * len(pictures) - gap, height + 2 * gap + 2 * line), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        sheet.paste(picture, (column * (width + gap), 0))
+        pen.multiline_text((column * (width + gap) + gap, height + gap), caption, fill=DARK, font=font)
+    return sheet
+
+
+def _in_words(result: EditResult) -> str:
+    name, seconds = methods.find(result.config.method).name, sum(result.seconds.values())
+    if result.distance_after is None:
+        return f"{name}, {seconds:.1f} s\nnot tracked"
+    before, after = float(result.distance_before.mean()), float(result.distance_after.mean())
+    return f"{name}, {seconds:.1f} s\n{before:.1f} px to the target, {after:.1f} after (tracked)"
 
 
 def animation(result: EditResult) -> list[Image.Image]:

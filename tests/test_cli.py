@@ -228,6 +228,7 @@ def test_edit_end_to_end_and_again_from_its_config(settings, place, monkeypatch,
         "frames",
         "frames/0000.png",
         "frames/0001.png",
+        "mask.png",
         "metrics.json",
         "trajectory.gif",
     ]

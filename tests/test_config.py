@@ -165,7 +165,7 @@ def test_settings_by_key_go_where_text_does():
 def test_a_config_can_be_copied_and_sent_elsewhere(name):
     config = load_config(overrides=[f"method={name}", "seed=3"])
     for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
-        assert twin == config and twin is not config and type(twin) is config_class(name)
+        assert twin == config and twin is not config and type(twin) is config_class(methods.find(name))
     assert copy.deepcopy(config).drag.features is not config.drag.features
 
 
@@ -382,7 +382,7 @@ def test_resolved_config_gives_the_same_config(method, tmp_path):
 
 @pytest.mark.parametrize("method", methods.NAMES)
 def test_every_key_is_explained_and_its_default_allowed(method):
-    config = config_class(method)()
+    config = config_class(methods.find(method))()
     check(config)
     text = describe(config)
     for key, f, value in walk(config):
@@ -394,7 +394,7 @@ def test_every_key_is_explained_and_its_default_allowed(method):
 def test_defaults_stand_in_dataclasses_only():
     """No field of a section goes without `option`, which carries explanation and check; nor does a method's own."""
     for name in methods.NAMES:
-        config = config_class(name)
+        config = config_class(methods.find(name))
         for section in [config, *(type(getattr(config(), f.name)) for f in dataclasses.fields(config))]:
             if dataclasses.is_dataclass(section):
                 for f in dataclasses.fields(section):
@@ -414,11 +414,10 @@ def test_import_is_cheap():
 
 def test_free_text_that_visitors_of_the_page_may_set_names_no_file_or_device():
     """A new text option must be looked at here: mark it `local` if it names something of the machine."""
-    every = [option for name in methods.NAMES for option in walk(config_class(name)())]
+    every = [option for name in methods.NAMES for option in walk(config_class(methods.find(name))())]
     free = {k for k, f, v in every if isinstance(v, str) and not f.metadata["check"]}
     allowed = {k for k, f, _ in every if k in free and not f.metadata["local"]}
     assert allowed == {
-        "method",  # one of a list
         "prompt",
         "generate.negative_prompt",
         "drag.supervision",

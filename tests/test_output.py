@@ -178,7 +178,7 @@ def test_metrics():
 def test_save_writes_all(tmp_path):
     result = result_of(sky())
     files = output.save(result, tmp_path)
-    assert [file.stem for file in files] == ["edited", "comparison", "trajectory", "metrics", "config"]
+    assert [file.stem for file in files] == ["edited", "comparison", "trajectory", "mask", "metrics", "config"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.name for file in files)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "edited.png")), result.image)
     assert json.loads((tmp_path / "metrics.json").read_text()) == output.metrics(result)

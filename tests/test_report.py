@@ -446,7 +446,7 @@ def test_labels_do_not_overlap(variants, tmp_path):
     table = summary(data)
     table = table.assign(value=30 + np.arange(len(table)) / 100, low=29, high=31)
     crowd = {(row.variant, row.column): row for row in table.itertuples()}
-    figure = plots.fidelity_by_distance(data, crowd)
+    figure = plots.scatter(data, crowd, plots.trade_off(data))
     figure.draw_without_rendering()
     boxes = [Text.get_window_extent(note) for note in figure.axes[0].texts]
     assert len(boxes) == 20 + 3

@@ -6,6 +6,7 @@
 | DragBench, -DR    | ``original_image.png``, ``meta_data.pkl``                                              |
 | Drag100           | ``original.jpg``, ``mask.png``, ``points.json`` {"points"}                             |
 | SDE-Drag          | ``origin_image.png``, ``mask.png``, ``prompt.json`` {"prompt", "source", "target"}     |
+| a result          | ``edited.png``, ``metrics.json`` {"prompt"}, ``mask.png`` if any; it has no points     |
 
 In all of them points are (x, y) in px of the image, and white (or 1) in a mask means editable.
 """
@@ -147,12 +148,25 @@ def read_sde_drag(path: FilePath) -> EditSample:
     return _sample(folder, image, edit["prompt"], points, mask)
 
 
+def read_result(path: FilePath) -> EditSample:
+    """Read the folder of an edit's result: its picture, with the edit's prompt and mask and without points, to drag on.
+
+    Raises:
+        UserError: for anything missing, unreadable or malformed, with the path.
+    """
+    folder = Path(path)
+    prompt = _read_json(folder / "metrics.json").get("prompt", "")
+    mask = load_mask(folder / "mask.png") if os.path.lexists(folder / "mask.png") else None
+    return _sample(folder, load_image(folder / "edited.png"), prompt, [], mask)
+
+
 # A folder is a sample when it holds one of these files, in this order.
 _READERS: dict[str, Callable[[FilePath], EditSample]] = {
     "edit.json": read_folder,
     "meta_data.pkl": read_dragbench,
     "points.json": read_drag100,
     "prompt.json": read_sde_drag,
+    "edited.png": read_result,
 }
 
 

@@ -42,4 +42,5 @@ METHOD = Method(
     reads=("lora", "ddim", "drag", "control"),
     stages=plan,
     run=run,
+    licence="Apache-2.0",
 )

@@ -74,4 +74,5 @@ METHOD = Method(
     settings=DragNoiseSettings,
     stages=plan,
     run=run,
+    licence="Apache-2.0",
 )

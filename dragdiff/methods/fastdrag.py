@@ -82,4 +82,5 @@ METHOD = Method(
     run=run,
     draws=True,
     note="its authors sampled with the UNet of SimianLuo/LCM_Dreamshaper_v7: model.unet=SimianLuo/LCM_Dreamshaper_v7",
+    licence="Apache-2.0 (of what it has from DragDiffusion)",
 )

@@ -126,4 +126,5 @@ METHOD = Method(
     stages=plan,
     run=run,
     note="its authors used the autoencoder stabilityai/sd-vae-ft-mse: model.vae=stabilityai/sd-vae-ft-mse",
+    licence="none stated",
 )

@@ -42,41 +42,45 @@ class Stage:
     shared_by: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
-    """A published way to edit.
+    """A way to edit.
 
     Attributes:
         name: as in `method=NAME`, and of its section of settings.
-        title, paper, year: of the publication; `paper` is its arXiv number.
         summary: one sentence on what it does.
         needs: what a sample must have: "points".
-        uses: what else of a sample has a say: "mask", "prompt".
         reads: beginnings of the keys of shared sections that it reads.
-        published: its values of settings that have other defaults, by key.
         stages: the work that it does for one edit with given settings.
         run: edits the job's samples; a picture (H, W, 3) uint8 for each edit that is left at its end.
+        title, paper, year: of the publication, if any; `paper` is its arXiv number.
+        uses: what else of a sample has a say: "mask", "prompt".
+        published: its values of settings that have other defaults, by key.
         settings: the dataclass of the settings that it alone has.
         prompt: the prompt that it works with, of the settings and the sample's.
         draws: whether its result depends on the seed, LoRA and generation apart.
         note: what a user should know of it, e.g. about weights.
+        licence: of the authors' own code, as a hint; this one is the package's.
+        source: the text of the file that it is from, where that is not part of the package.
     """
 
     name: str
-    title: str
-    paper: str
-    year: int
     summary: str
     needs: tuple[str, ...]
-    uses: tuple[str, ...]
     reads: tuple[str, ...]
     stages: Callable[[Config], list[Stage]]
     run: Callable[[Job], list[np.ndarray]]
+    title: str = ""
+    paper: str = ""
+    year: int = 0
+    uses: tuple[str, ...] = ()
     published: dict[str, Any] = field(default_factory=dict)
     settings: type | None = None
     prompt: Callable[[Config, str], str] = lambda config, prompt: prompt
     draws: bool = False
     note: str = ""
+    licence: str = ""
+    source: str = ""
 
     def reads_key(self, key: str) -> bool:
         """Whether it reads an option of the shared sections.
@@ -134,6 +138,16 @@ def total_forwards(stages: Sequence[Stage]) -> dict[str, float]:
     for stage in stages:
         forwards[stage.name] = forwards.get(stage.name, 0.0) + stage.forwards
     return forwards
+
+
+def done_forwards(stages: Sequence[Stage], drag_steps: int) -> float:
+    """What an edit has cost, in forwards of the denoiser for one row.
+
+    Args:
+        drag_steps: updates that it did; all else runs to its end.
+    """
+    share = {stage.name: min(1.0, drag_steps / stage.steps) for stage in stages if stage.name == "drag"}
+    return sum(stage.forwards * share.get(stage.name, 1.0) for stage in stages)
 
 
 def total_steps(stages: Sequence[Stage]) -> dict[str, int]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Values = dict[str, list[float]]  # by column: one value for each pair, or one for the image
 Measure = Callable[["Subject", np.ndarray], Values]
 AREAS = ("image", "mask", "discs")
+COST = "cost"  # of the edit, not of its picture: what its result says
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ COLUMNS = {
     "fidelity": Column("image fidelity", "1 - LPIPS", "images", True),
     "clip": Column("CLIP similarity", "", "images", True),
 } | {f"dai_{radius}": Column(f"DAI {radius}", "", "images", False) for radius in RADII}
+COLUMNS |= {
+    "forwards": Column("forwards of the denoiser", "a training step as what it costs", "images", False),
+    "seconds": Column("time of an edit", "s", "images", False),
+}
 
 
 def metric_key(name: str, settings: MetricsConfig) -> str:
@@ -67,7 +72,7 @@ def check_metrics(settings: MetricsConfig) -> None:
     Raises:
         UserError: no such metric or area.
     """
-    for key, given, known in (("names", settings.names, FACTORIES), ("areas", settings.areas, AREAS)):
+    for key, given, known in (("names", settings.names, [*FACTORIES, COST]), ("areas", settings.areas, AREAS)):
         for name in given:
             if name not in known:
                 raise UserError(f"metrics.{key} names {name!r}: there are {', '.join(known)}")
@@ -88,6 +93,8 @@ class Suite:
         self.unavailable: dict[str, str] = {}
         self._measures: dict[str, Measure] = {}
         for name in names:
+            if name == COST:
+                continue
             try:
                 self._measures[name] = FACTORIES[name](settings)
             except UserError as error:

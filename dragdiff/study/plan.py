@@ -23,7 +23,7 @@ from dragdiff.data.sample import EditSample
 from dragdiff.data.scenes import KINDS, UNIT, Scene, make_scene
 from dragdiff.errors import UserError
 from dragdiff.metrics import baselines
-from dragdiff.metrics.suite import check_metrics
+from dragdiff.metrics.suite import COLUMNS, check_metrics
 from dragdiff.options import flat, walk
 
 SCENES = "scenes"  # in place of a folder of samples
@@ -144,6 +144,7 @@ def expand(study: StudyConfig) -> Plan:
     if study.reference not in ("", *names):
         raise UserError(f"reference is {study.reference!r}: there are the variants {'; '.join(names)}")
     check_metrics(study.metrics)
+    _check_published(study.published, names)
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"seeds is {list(study.seeds)}: give at least one, each once, e.g. seeds=[42]")
     configs = {
@@ -175,6 +176,14 @@ def expand(study: StudyConfig) -> Plan:
     return Plan(study, variants, subjects, broken, keys, jobs)
 
 
+def _check_published(published: Json, names: list[str]) -> None:
+    for name, figures in published.items():
+        if name not in names:
+            raise UserError(f"published names {name!r}: there are the variants {'; '.join(names)}")
+        if not isinstance(figures, dict) or not figures.keys() <= COLUMNS.keys():
+            raise UserError(f"published.{name} is {figures!r}: give figures by column, of {', '.join(COLUMNS)}")
+
+
 def determinants(config: Config) -> Json:
     """The settings that have a say in an edit's picture, as plain values; the model and the sample apart."""
     method = methods.find(config.method)
@@ -195,6 +204,8 @@ def determinants(config: Config) -> Json:
         for key, f, value in walk(config)
         if f.metadata["scope"] == "result" and config.reads(key) and not key.startswith(tuple(ignored))
     }
+    if method.source:
+        values["method"] = cache.digest(source=method.source)
     if config.lora.path and config.reads("lora.path"):
         named = lora_file.load(Path(config.lora.path).expanduser())
         values["lora.path"] = cache.digest(
@@ -285,7 +296,9 @@ def _label(settings: Json) -> str:
 
 
 def show(value: object) -> str:
-    """A setting's value as it is written on the command line."""
+    """A setting's value as it is written on the command line; of a method's file its name."""
+    if isinstance(value, str) and methods.is_file(value):
+        return Path(value).name
     if isinstance(value, list):
         return f"[{','.join(show(entry) for entry in value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -334,7 +347,8 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
         if scopes[key] == "machine" and not key.startswith("model."):
             raise UserError(f"variant {variant.name!r} sets {key}, which changes no picture: put it under settings")
         if not config.reads(key):
-            raise UserError(f"variant {variant.name!r} sets {key}, which {config.method} does not read")
+            reader = methods.find(config.method).name
+            raise UserError(f"variant {variant.name!r} sets {key}, which {reader} does not read")
     if config.generate.enabled:
         raise UserError(f"variant {variant.name!r} sets generate.enabled: a study edits the pictures of its data")
     here: Json = {key: _absolute(getattr(config.model, key)) for key in ("path", "vae", "unet")}

@@ -45,7 +45,8 @@ def draw(data: Measured, table: pd.DataFrame, ways: Ways) -> dict[str, bytes]:
             f"{name}.png": sheets.metric_sheet(data.plan, means, columns) for name, columns in groups(data).items()
         }
         figures["distance_by_step.png"] = _distance_by_step(data.plan, ways)
-        figures["fidelity_by_distance.png"] = fidelity_by_distance(data, means)
+        figures["fidelity_by_distance.png"] = scatter(data, means, trade_off(data))
+        figures["distance_by_forwards.png"] = scatter(data, means, costs(data), logarithmic=True)
         return {name: _png(figure) for name, figure in figures.items() if figure}
 
 
@@ -148,13 +149,27 @@ def trade_off(data: Measured) -> tuple[str, str] | None:
     return (distance, fidelity) if distance and fidelity else None
 
 
-def fidelity_by_distance(data: Measured, means: sheets.Means) -> Figure | None:
+def costs(data: Measured) -> tuple[str, str] | None:
+    """
+    Returns:
+        The columns for cost and distance; None where one of them is not measured.
+    """
+    both = trade_off(data)
+    return ("forwards", both[0]) if both and "forwards" in data.columns else None
+
+
+def scatter(
+    data: Measured, means: sheets.Means, columns: tuple[str, str] | None, *, logarithmic: bool = False
+) -> Figure | None:
     """A point for each variant with finite means, baselines in grey.
 
+    Args:
+        columns: to the right, and upwards.
+        logarithmic: the first of them.
+
     Returns:
-        None where there is no such variant, or no `trade_off`.
+        None where there is no such variant, or no columns.
     """
-    columns = trade_off(data)
     if not columns:
         return None
     plan = data.plan
@@ -172,6 +187,8 @@ def fidelity_by_distance(data: Measured, means: sheets.Means) -> Figure | None:
     if not labels:
         return None
     panel.margins(0.1)
+    if logarithmic:
+        panel.set_xscale("log")
     panel.set_xlabel(title(columns[0]))
     panel.set_ylabel(title(columns[1]))
     panel.set_title(f"labels: {key}" if key else "")

@@ -18,7 +18,7 @@ import numpy as np
 
 from dragdiff import methods
 from dragdiff.aliases import Json, Report
-from dragdiff.config import StudyConfig, load_study, to_yaml
+from dragdiff.config import Config, StudyConfig, load_study, to_yaml
 from dragdiff.errors import UserError
 from dragdiff.metrics.statistics import LEVEL, RESAMPLES
 from dragdiff.metrics.suite import COLUMNS
@@ -34,7 +34,12 @@ Means = Mapping[tuple[str, str, str], Any]  # of (category, column, variant): a 
 
 PLACE = ("extends", "results", "executor", "workers", "address", "batch", "attempts", "reference_mb", "logger")
 LISTED = 8  # samples named for each reason of a failure
-HEADINGS = {"distances": "Distances", "pictures": "Likeness to source and truth", "accuracy": "Dragging accuracy"}
+HEADINGS = {
+    "distances": "Distances",
+    "pictures": "Likeness to source and truth",
+    "accuracy": "Dragging accuracy",
+    "cost": "Cost",
+}
 CAPTIONS = {
     "distance_by_step.png": (
         "Distance by optimiser step",
@@ -44,6 +49,11 @@ CAPTIONS = {
     "fidelity_by_distance.png": (
         "Fidelity against distance",
         "A point for each variant, baselines in grey; those with an infinite value are left out.",
+    ),
+    "distance_by_forwards.png": (
+        "Distance against cost",
+        "A point for each variant. Forwards of the denoiser for one row; a step that trains counts for what it costs, "
+        "and a drag for the steps that it took.",
     ),
 }
 
@@ -113,7 +123,7 @@ def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Rep
     pictures = plots.draw(data, table[table["category"] == ALL], ways)
     files = {
         "report.md": _markdown(data, table, list(pictures), _unavailable(plan, store), brief).encode(),
-        "study.yaml": to_yaml(portable(plan.study)).encode(),
+        **_study_files(plan),
         "summary.csv": _csv(table),
         **pictures,
     }
@@ -136,6 +146,21 @@ def check_packages() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise UserError(f"reports need {package}: pip install 'dragdiff[study]'") from error
+
+
+def _study_files(plan: Plan) -> dict[str, bytes]:
+    """The study's file, and beside it those of methods that are not the package's."""
+    text, files = to_yaml(portable(plan.study)), {}
+    for method in {config.method for config in _edits(plan) if methods.is_file(config.method)}:
+        files[Path(method).name] = methods.find(method).source.encode()
+        text = text.replace(method, Path(method).name)
+    return {"study.yaml": text.encode(), **files}
+
+
+def _edits(plan: Plan) -> list[Config]:
+    """The settings of each variant that is no baseline."""
+    seed = plan.study.seeds[0]
+    return [config_of(plan.study, variant, seed) for variant in plan.variants if not variant.baseline]
 
 
 def portable(study: StudyConfig) -> StudyConfig:
@@ -231,9 +256,8 @@ def _how(data: Measured) -> str:
 
 def _methods(plan: Plan) -> str:
     """Which methods the variants are, with their papers."""
-    edits = [config_of(plan.study, variant, plan.study.seeds[0]) for variant in plan.variants if not variant.baseline]
-    found = [methods.find(name) for name in dict.fromkeys(edit.method for edit in edits)]
-    papers = ", ".join(f"{method.name} (arXiv {method.paper})" for method in found)
+    found = [methods.find(name) for name in dict.fromkeys(edit.method for edit in _edits(plan))]
+    papers = ", ".join(f"{method.name} (arXiv {method.paper})" if method.paper else method.name for method in found)
     return f"Method{'s' if len(found) > 1 else ''}: {papers}."
 
 
@@ -278,15 +302,20 @@ def _settings(variant: Variant) -> str:
 
 
 def _means(plan: Plan, means: Means, columns: Sequence[str]) -> str:
+    published = {column for figures in plan.study.published.values() for column in figures}
     rows = []
     for variant in plan.variants:
         found = [means[ALL, column, variant.name] for column in columns]
         counts = sorted({row.images for row in found})
         images = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
-        rows.append(
-            (text(variant.name), images, *(_interval(row.column, row.value, row.low, row.high) for row in found))
-        )
-    return _rows(("variant", "images", *map(title, columns)), rows)
+        cells = []
+        for row in found:
+            cells.append(_interval(row.column, row.value, row.low, row.high))
+            if row.column in published:
+                cells.append(text(str(plan.study.published.get(variant.name, {}).get(row.column, "–"))))
+        rows.append((text(variant.name), images, *cells))
+    headings = [heading for c in columns for heading in [title(c), *(["published"] if c in published else [])]]
+    return _rows(("variant", "images", *headings), rows)
 
 
 def _differences(plan: Plan, means: Means, columns: Sequence[str]) -> str:

@@ -111,7 +111,8 @@ def _shared(study: StudyConfig) -> list[str]:
     if study.logger.tags:
         logger["logger.tags"] = show(study.logger.tags)
     settings = dict(flat(study.settings)) | logger
-    return [*(_overlay(name) for name in study.base), *(f"{key}={show(value)}" for key, value in settings.items())]
+    arguments = [f"{key}={value if key == 'method' else show(value)}" for key, value in settings.items()]
+    return [*(_overlay(name) for name in study.base), *arguments]
 
 
 def _overlay(name: str) -> str:

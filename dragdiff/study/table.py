@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dragdiff import methods
 from dragdiff.cache import digest
 from dragdiff.errors import UserError
+from dragdiff.methods.method import done_forwards
 from dragdiff.metrics.statistics import Mean, mean_over_images, mean_over_pairs, paired_difference
-from dragdiff.metrics.suite import COLUMNS, metric_key
+from dragdiff.metrics.suite import COLUMNS, COST, metric_key
 from dragdiff.study.plan import Plan
-from dragdiff.study.store import SCORES, Store
+from dragdiff.study.store import RESULT, SCORES, Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,9 +69,10 @@ def measured(plan: Plan, store: Store) -> Measured:
         UserError: pandas is missing.
     """
     pd = pandas()
-    wanted = [metric_key(name, plan.study.metrics) for name in plan.study.metrics.names]
+    wanted = [metric_key(name, plan.study.metrics) for name in plan.study.metrics.names if name != COST]
     edits = store.read_jsons([f"results/{key}/{SCORES}" for key in set(plan.keys.values())])
     reasons = store.read_jsons([f"failures/{key}.json" for key in set(plan.keys.values())])
+    costs = _costs(plan, store) if COST in plan.study.metrics.names else {}
     scores, failures = [], []
     for variant in plan.variants:
         in_order = {
@@ -87,6 +90,8 @@ def measured(plan: Plan, store: Store) -> Measured:
                 reason = reasons.get(f"failures/{key}.json", {}).get("reason", "") if len(found) < len(wanted) else ""
                 if reason or not found:
                     failures.append(place | {"reason": reason})
+                if key in costs:
+                    found.append(costs[key])
                 values = {column: numbers for entry in found for column, numbers in entry.items()}
                 for column in COLUMNS:
                     scores += [
@@ -101,6 +106,18 @@ def measured(plan: Plan, store: Store) -> Measured:
         pd.DataFrame(scores, columns=[*columns, "pair", "column", "value"]),
         pd.DataFrame(failures, columns=[*columns, "reason"]),
     )
+
+
+def _costs(plan: Plan, store: Store) -> dict[str, dict[str, list[float]]]:
+    """Forwards and seconds of each edit by a model, by its key. What came from a cache took no time."""
+    tasks = {task.key: task.config for task in plan.tasks if task.config}
+    facts = store.read_jsons([f"results/{key}/{RESULT}" for key in tasks])
+    costs = {}
+    for key, config in tasks.items():
+        if fact := facts.get(f"results/{key}/{RESULT}"):
+            forwards = done_forwards(methods.find(config.method).stages(config), fact["steps"])
+            costs[key] = {"forwards": [forwards], "seconds": [sum(fact["seconds"].values())]}
+    return costs
 
 
 def ordered_path(plan: Plan, variant: str, seed: int) -> str:
@@ -143,7 +160,9 @@ def summary(data: Measured, *, categories: Sequence[str] = (ALL,)) -> pd.DataFra
 
 
 def group(column: str) -> str:
-    """The columns that belong on one sheet: distances, pictures (likeness to source or truth), accuracy (DAI)."""
+    """The columns that belong on one sheet: distances, pictures (likeness to source or truth), accuracy (DAI), cost."""
+    if column in ("forwards", "seconds"):
+        return COST
     return "accuracy" if column.startswith("dai") else "distances" if "distance" in column else "pictures"
 
 
@@ -155,6 +174,8 @@ def title(column: str) -> str:
 
 def decimals(column: str) -> int:
     """With how many decimals a column is written."""
+    if group(column) == COST:
+        return 1 if column == "seconds" else 0
     return 2 if COLUMNS[column].unit.startswith(("px", "dB", "%")) else 3
 
 

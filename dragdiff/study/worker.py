@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from dragdiff import output
-from dragdiff.config import Config, MetricsConfig, StudyConfig, to_yaml
+from dragdiff.config import Config, MetricsConfig, StudyConfig, to_files
 from dragdiff.editor import Editor, OneModel
 from dragdiff.errors import DeviceLost, UserError, one_line
 from dragdiff.job import EditResult, Request
-from dragdiff.metrics.suite import Suite, Values, metric_key
+from dragdiff.metrics.suite import COST, Suite, Values, metric_key
 from dragdiff.study.plan import Subject, Task, baseline_picture
 from dragdiff.study.store import RESULT, SCORES, Store, StoreError
 
@@ -303,7 +303,7 @@ class Worker:
 
 def pooled_metrics(settings: MetricsConfig) -> list[str]:
     """The metrics whose value for an edit depends on nothing but the edit."""
-    return [name for name in settings.names if not (name == "distance" and settings.ordered)]
+    return [name for name in settings.names if name != COST and not (name == "distance" and settings.ordered)]
 
 
 def missing_scores(scores: Mapping[str, Values], settings: MetricsConfig) -> list[str]:
@@ -321,9 +321,10 @@ def _files(result: EditResult, task: Task) -> dict[str, bytes]:
     if result.trajectory is not None:
         facts["trajectory"] = np.round(result.trajectory, 2).tolist()
     assert task.config is not None
+    repeats = to_files(dataclasses.replace(task.config, sample=task.subject.source))
     return {
         "edited.png": _png(result.image),
-        "config.yaml": to_yaml(dataclasses.replace(task.config, sample=task.subject.source)).encode(),
+        **{name: content.encode() for name, content in repeats.items()},
         RESULT: _json(facts),
     }
 
