@@ -392,7 +392,7 @@ def _check_pictures(method: Method, images: object, job: Job) -> None:
     """
     sizes = [edit.sample.image.shape for edit in job.edits]
     got = [getattr(image, "shape", image) for image in images] if isinstance(images, list) else images
-    if got != sizes or not all(image.dtype == np.uint8 for image in images):
+    if not isinstance(images, list) or got != sizes or any(image.dtype != np.uint8 for image in images):
         raise UserError(
             f"{method.name}: run must return a list with a picture (H, W, 3) uint8 for each edit: expected "
             f"{sizes}, got {str(got)[:200]}"

@@ -165,8 +165,9 @@ def side_by_side(results: Sequence[EditResult]) -> Image.Image:
     scale = _scale(sample, least=SHOWN_SIDE, most=ANIMATED_SIDE)
     pictures = [annotated(sample, scale=scale), *(_resized(result.image, scale) for result in results)]
     captions = ["source", *map(_in_words, results)]
-    font = ImageFont.load_default(max(12, pictures[0].width // 26))
-    gap, line = max(4, pictures[0].width // 60), round(1.4 * font.size)
+    letters = max(12, pictures[0].width // 26)
+    font = ImageFont.load_default(letters)
+    gap, line = max(4, pictures[0].width // 60), round(1.4 * letters)
     width, height = pictures[0].size
     sheet = Image.new("RGB", ((width + gap) * len(pictures) - gap, height + 2 * gap + 2 * line), "white")
     pen = ImageDraw.Draw(sheet)

@@ -81,8 +81,14 @@ def fake(plan, *, skip=(), fail=(), backwards=False):
         psnr = math.inf if variant == "identity" else 30.0 + place + index
         scores = {"outside": {"psnr_outside": [psnr], "ssim_outside": [0.9]}}
         scores["distance"] = {"distance": distances(place, index)}
-        scores = {metric_key(metric, plan.study.metrics): scores[metric] for metric in plan.study.metrics.names}
-        edit = {} if variant in ("identity", "copy-patch", "oracle") else {"steps": 3}
+        scores = {
+            metric_key(name, plan.study.metrics): scores[name] for name in plan.study.metrics.names if name in scores
+        }
+        edit = (
+            {}
+            if variant in ("identity", "copy-patch", "oracle")
+            else {"steps": 3, "seconds": {"drag": 2.5, "decode": 1}}
+        )
         if edit:
             edit["trajectory"] = way(subject.sample, 3 + index).tolist()
         buffer = io.BytesIO()
@@ -119,6 +125,47 @@ def reported(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------- numbers
+
+
+def test_cost_and_the_papers_own_figures(tmp_path):
+    """Forwards count the drag's steps that were taken, a training step as 2.3 forwards of its batch."""
+    variants = [{"name": "ours", "lora.steps": 10}, {"name": "warp", "method": "fastdrag"}]
+    published = {"ours": {"distance": "31.6-34.8"}, "identity": {"distance": 52.3}}
+    path = study_file(
+        tmp_path,
+        grid=None,
+        variants=variants,
+        reference="ours",
+        published=published,
+        metrics={"names": ["outside", "distance", "cost"]},
+    )
+    fake(expand(load_study(path)))
+    assert main(["report", str(path), "--brief"]) == 0
+    files = contents(tmp_path / "results" / "lr" / "report")
+    report = files["report.md"].decode()
+    # LoRA 10 steps of 4 rows, inversion 35, drag 3 steps, denoising of two rows, decoding
+    ours, warp = 2.3 * 40 + 35 + 2.3 * 3 + 70 + 3, 7 + 14 + 3
+    assert cells(report, "### Cost", "ours")[2:] == [f"{round(ours)} [{round(ours)}, {round(ours)}]", "3.5 [3.5, 3.5]"]
+    assert cells(report, "### Cost", "warp")[2].startswith(f"{warp} ")
+    assert cells(report, "### Cost", "identity")[2:] == ["–", "–"]
+    assert [cells(report, "### Distances", name)[3] for name in ("ours", "warp", "identity")] == [
+        "31.6-34.8",
+        "–",
+        "52.3",
+    ]
+    assert "distance_by_forwards.png" in files and "(distance_by_forwards.png)" in report
+
+
+@pytest.mark.parametrize(
+    "published, said",
+    [
+        ({"nobody": {"distance": 3}}, "published names 'nobody'"),
+        ({"identity": {"distanse": 3}}, "published.identity is"),
+    ],
+)
+def test_figures_of_nothing(published, said, tmp_path, capsys):
+    assert main(["study", str(study_file(tmp_path, published=published)), "--plan"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_all_files_are_there(reported):
