@@ -77,11 +77,12 @@ def edit(client: TestClient, **changes):
 
 def test_what_a_visitor_may_set_is_what_the_dataclasses_say_and_nothing_of_the_machine():
     form = Form(UIConfig())
-    keys = {field["key"] for field in form.describe()}
+    keys = {field["key"] for field in form.describe("dragdiffusion")}
     assert {"drag.lr", "drag.features", "lora.steps", "control.start_layer", "model.vae", "seed"} <= keys
     assert not keys & {"model.path", "lora.path", "output.folder", "cache.folder", "sample", "logger.kind", "prompt"}
-    assert "lora.path" in {field["key"] for field in Form(UIConfig(loras=["a"])).describe()}
-    assert form.values("embedded", "")["drag.lr"] == 0.05 and form.values("sd15", "")["data.max_size"] == 512
+    assert "lora.path" in {field["key"] for field in Form(UIConfig(loras=["a"])).describe("fastdrag")}
+    assert form.values({"model": "embedded"})["drag.lr"] == 0.05
+    assert form.values({"model": "sd15"})["data.max_size"] == 512
     assert set(form.presets) >= {"reference", "debug"} and "sd15" not in form.presets
     own, fast = (form.config({"model": "embedded", "preset": preset}) for preset in ("", "fast"))
     assert (fast.drag.lr, fast.lora.steps) == (own.drag.lr, own.lora.steps)  # what was chosen for that model stays
@@ -149,10 +150,14 @@ def test_whatever_is_sent_is_answered_with_what_is_wrong(app):
     client.get("/")
     good = edit(client)
     junk = [None, -1, 10**400, "x", "\ud800", "x" * 10**5, [], {"a": []}, [[[1, 2], ["a", {}]]]]
-    keys = ["model", "preset", "settings", "prompt", "points", "mask", "picture", "kind"]
+    keys = ["model", "preset", "method", "against", "settings", "prompt", "points", "mask", "picture", "kind"]
     bodies = [good | {key: value} for key in keys for value in junk]
-    fields = [field["key"] for field in app.state.page.form.describe()]
-    settings = [good | {"settings": {key: value}} for key in fields for value in (10**400, "\ud800", {"a": []})]
+    readers = {key: method for method, keys in app.state.page.form.keys.items() for key in keys}  # of each key, one
+    settings = [
+        good | {"method": method, "settings": {key: value}}
+        for key, method in readers.items()
+        for value in (10**400, "\ud800", {"a": []})
+    ]
     samples = [{"sample": value} for value in junk]
     for path, sent in {
         "/api/runs": bodies,
