@@ -309,6 +309,10 @@ def test_two_methods_on_one_drag_wait_together_or_not_at_all(app, client):
     assert "5 of your runs" in client.post("/api/runs", json=body).json()["error"]  # one place is left, they want two
     assert len(mine) == 4 and len(list(fast.folder.parent.iterdir())) == folders
     assert client.post("/api/runs", json=edit(client)).status_code == 200
+    assert client.get("/api/start").json()["limits"]["together"] == 5
+    page.settings.queue_each = 1
+    assert "at most 1 may wait" in client.post("/api/runs", json=body).json()["error"]
+    assert client.get("/api/start").json()["limits"]["together"] == 1
 
 
 def test_a_result_is_dragged_on_with_its_prompt_and_mask(app, client):

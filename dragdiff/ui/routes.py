@@ -255,7 +255,7 @@ class Page:
             raise UserError("this run has no picture")
         if run.sample is not None:
             name = f"{run.sample.name.removesuffix('-edited')}-edited"
-            return self._opened(visitor, dataclasses.replace(run.sample, image=load_image(file), name=name, points=[]))
+            return self._opened(visitor, EditSample(load_image(file), run.sample.prompt, [], run.sample.mask, name))
         opened = {"picture": _as_json(visitor.add_picture(load_image(file), "generated")), "prompt": run.config.prompt}
         self._mark_generated(visitor, opened, run)
         return opened
