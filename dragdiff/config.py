@@ -467,6 +467,9 @@ class UIConfig:
         ["stabilityai/sd-vae-ft-mse"], "autoencoders that can be chosen instead of a model's own, as model.vae"
     )
     loras: list[str] = option([], "trained LoRAs that can be chosen, as lora.path")
+    methods: list[str] = option(
+        list(methods.NAMES), "methods that can be chosen, by name, as method; the first is the one at the start"
+    )
     samples: list[str] = option([], "folders of samples that can be opened, besides the examples")
     max_size: int = option(512, "data.max_size where the model's overlay sets none, px", at_least(0))
     folder: str = option("", "where visitors' pictures and results are kept; empty = a temporary folder")

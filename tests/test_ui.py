@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -23,13 +24,15 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from dragdiff import assets
+from dragdiff import assets, methods
 from dragdiff.config import UIConfig, load_ui
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
+from dragdiff.methods.method import Stage
 from dragdiff.ui import runs
 from dragdiff.ui.app import make_app
+from dragdiff.ui.files import mask_url
 from dragdiff.ui.form import Form
 from dragdiff.ui.runs import Run
 from dragdiff.ui.visitors import Visitors
@@ -77,11 +80,12 @@ def edit(client: TestClient, **changes):
 
 def test_what_a_visitor_may_set_is_what_the_dataclasses_say_and_nothing_of_the_machine():
     form = Form(UIConfig())
-    keys = {field["key"] for field in form.describe()}
+    keys = {field["key"] for field in form.describe("dragdiffusion")}
     assert {"drag.lr", "drag.features", "lora.steps", "control.start_layer", "model.vae", "seed"} <= keys
     assert not keys & {"model.path", "lora.path", "output.folder", "cache.folder", "sample", "logger.kind", "prompt"}
-    assert "lora.path" in {field["key"] for field in Form(UIConfig(loras=["a"])).describe()}
-    assert form.values("embedded", "")["drag.lr"] == 0.05 and form.values("sd15", "")["data.max_size"] == 512
+    assert "lora.path" in {field["key"] for field in Form(UIConfig(loras=["a"])).describe("fastdrag")}
+    assert form.values({"model": "embedded"})["drag.lr"] == 0.05
+    assert form.values({"model": "sd15"})["data.max_size"] == 512
     assert set(form.presets) >= {"reference", "debug"} and "sd15" not in form.presets
     own, fast = (form.config({"model": "embedded", "preset": preset}) for preset in ("", "fast"))
     assert (fast.drag.lr, fast.lora.steps) == (own.drag.lr, own.lora.steps)  # what was chosen for that model stays
@@ -103,6 +107,65 @@ def test_what_a_visitor_may_set_is_what_the_dataclasses_say_and_nothing_of_the_m
 def test_settings_that_are_not_a_visitors_are_refused(client, key, value, words):
     answer = client.post("/api/runs", json=edit(client, settings={key: value}))
     assert answer.status_code == 400 and words in answer.json()["error"]
+
+
+def test_each_method_has_the_form_that_it_says_itself():
+    form = Form(UIConfig())
+    assert [method["name"] for method in form.offered()] == list(methods.NAMES)
+    fast = next(method for method in form.offered() if method["name"] == "fastdrag")
+    assert fast["summary"] == methods.find("fastdrag").summary and fast["note"] and "mask" in fast["uses"]
+    keys = [field["key"] for field in fast["fields"]]
+    assert keys[:2] == ["fastdrag.blend", "fastdrag.fill"] and "drag.grid_scale" in keys and "drag.lr" not in keys
+    assert "nearest" in fast["fields"][0]["choices"] and "LazyDrag" in fast["fields"][0]["explanation"]
+    good, own = (form.values({"model": "embedded", "method": name}) for name in ("gooddrag", "dragdiffusion"))
+    assert good["ddim.strength"] == 0.75 and good["gooddrag.reach"] == 2.0  # the paper's, and the model's overlay's
+    assert own["ddim.strength"] == 0.7 and "gooddrag.reach" not in own
+    set_here = {"drag.lr": 0.5, "fastdrag.blend": "nearest", "ddim.steps": 20}
+    request = {"model": "embedded", "method": "fastdrag", "settings": set_here}
+    assert form.changes(request) == {"fastdrag.blend": "nearest", "ddim.steps": 20}
+    assert (form.config(request).own.blend, form.config(request).ddim.steps) == ("nearest", 20)
+    line = form.command(request, "x")["line"]
+    assert line.endswith("sample=x method=fastdrag fastdrag.blend=nearest ddim.steps=20")
+    assert "method" not in form.command(request | {"method": "dragdiffusion"}, "x")["line"]
+
+
+def test_a_method_that_the_server_was_not_started_with_is_refused(tmp_path):
+    client = visitor(make_app(UIConfig(methods=["fastdrag", "dragdiffusion"]), tmp_path / "ui"))
+    assert [method["name"] for method in client.get("/api/start").json()["methods"]] == ["fastdrag", "dragdiffusion"]
+    assert client.get("/api/values?model=embedded").json()["values"]["ddim.steps"] == 10  # the first is the default
+    harm = tmp_path / "harm.py"
+    harm.write_text(f"open({str(tmp_path / 'done')!r}, 'w')")
+    for name in ("gooddrag", "nothing", str(harm), "../harm", "dragdiff.methods.gooddrag"):
+        answers = [
+            client.post("/api/runs", json=edit(client, method=name)),
+            client.post("/api/runs", json=edit(client, against=name)),
+            client.post("/api/command", json=edit(client, method=name)),
+            client.get("/api/values", params={"model": "embedded", "method": name}),
+        ]
+        assert {answer.status_code for answer in answers} == {400}
+        assert all("not offered here: choose from fastdrag, drag" in answer.json()["error"] for answer in answers)
+    for settings in ({"method": "gooddrag"}, {"gooddrag.reach": 2}):
+        assert "can't be set" in client.post("/api/runs", json=edit(client, settings=settings)).json()["error"]
+    assert not (tmp_path / "done").exists()
+
+
+def test_a_method_of_the_servers_owner_is_offered_by_its_name_as_it_says_itself(tmp_path, monkeypatch):
+    shipped = methods.find("dragdiffusion")
+    stages = lambda config: [Stage("wish", 2, 1.0, 1), Stage("decode", 1, 3.0, 0)]  # noqa: E731
+    mine = dataclasses.replace(shipped, name="mine", needs=(), uses=(), reads=("ddim",), stages=stages)
+    find = methods.find
+    monkeypatch.setattr(methods, "find", lambda name: mine if name in ("my.py", "mine") else find(name))
+    app = make_app(UIConfig(methods=["my.py"]), tmp_path)
+    [offered] = Form(UIConfig(methods=["my.py"])).offered()
+    keys = {field["key"] for field in offered["fields"]}
+    assert offered["name"] == "mine" and "ddim.steps" in keys and not any(key.startswith("lora.") for key in keys)
+    client = visitor(app)
+    assert client.post("/api/runs", json=edit(client, method="mine", points=[])).status_code == 200  # it needs none
+    [run] = next(iter(app.state.page.visitors)).runs.values()
+    assert run.as_json(0)["stages"] == ["wish", "decode"] and run.request["method"] == "mine"
+    run.told({"stage": "wish", "done": 0, "total": 2, "note": ""}, 0.0)
+    run.told({"stage": "wish", "done": 2, "total": 2, "note": ""}, 4.0)
+    assert run.seconds_left() == pytest.approx(3 * 4.0)
 
 
 def test_a_text_of_a_visitors_is_never_a_reference_to_the_environment(monkeypatch):
@@ -149,10 +212,14 @@ def test_whatever_is_sent_is_answered_with_what_is_wrong(app):
     client.get("/")
     good = edit(client)
     junk = [None, -1, 10**400, "x", "\ud800", "x" * 10**5, [], {"a": []}, [[[1, 2], ["a", {}]]]]
-    keys = ["model", "preset", "settings", "prompt", "points", "mask", "picture", "kind"]
+    keys = ["model", "preset", "method", "against", "settings", "prompt", "points", "mask", "picture", "kind"]
     bodies = [good | {key: value} for key in keys for value in junk]
-    fields = [field["key"] for field in app.state.page.form.describe()]
-    settings = [good | {"settings": {key: value}} for key in fields for value in (10**400, "\ud800", {"a": []})]
+    readers = {key: method for method, keys in app.state.page.form.keys.items() for key in keys}  # of each key, one
+    settings = [
+        good | {"method": method, "settings": {key: value}}
+        for key, method in readers.items()
+        for value in (10**400, "\ud800", {"a": []})
+    ]
     samples = [{"sample": value} for value in junk]
     for path, sent in {
         "/api/runs": bodies,
@@ -224,6 +291,64 @@ def test_runs_wait_in_order_and_not_without_end(app, client):
     assert queued[first].status == "cancelled" and page.queue.ahead(queued[second]) == 0
 
 
+def test_two_methods_on_one_drag_wait_together_or_not_at_all(app, client):
+    settings = {"drag.lr": 0.3, "ddim.steps": 20}
+    body = edit(client, method="fastdrag", against="dragdiffusion", settings=settings)
+    first = client.post("/api/runs", json=body).json()["id"]
+    page = app.state.page
+    mine = next(iter(page.visitors)).runs
+    assert [run.request["method"] for run in mine.values()] == ["fastdrag", "dragdiffusion"]
+    assert all(run.as_json(0)["together"] == list(mine) and next(iter(mine)) == first for run in mine.values())
+    fast, own = mine.values()
+    assert fast.request["settings"] == {"ddim.steps": 20} and own.request["settings"] == settings
+    assert (fast.config.lora.steps, own.config.drag.lr, own.config.ddim.steps) == (0, 0.3, 20)
+    assert np.array_equal(fast.sample.image, own.sample.image) and np.array_equal(fast.sample.points, own.sample.points)
+    assert "itself" in client.post("/api/runs", json=edit(client, against="dragdiffusion")).json()["error"]
+    assert client.post("/api/runs", json=body).status_code == 200
+    folders = len(list(fast.folder.parent.iterdir()))
+    assert "5 of your runs" in client.post("/api/runs", json=body).json()["error"]  # one place is left, they want two
+    assert len(mine) == 4 and len(list(fast.folder.parent.iterdir())) == folders
+    assert client.post("/api/runs", json=edit(client)).status_code == 200
+    assert client.get("/api/start").json()["limits"]["together"] == 5
+    page.settings.queue_each = 1
+    assert "at most 1 may wait" in client.post("/api/runs", json=body).json()["error"]
+    assert client.get("/api/start").json()["limits"]["together"] == 1
+
+
+def test_a_result_is_dragged_on_with_its_prompt_and_mask(app, client):
+    mask = np.zeros((48, 64), bool)
+    mask[10:20, 30:50] = True
+    body = edit(client, mask=mask_url(mask))
+    run = client.post("/api/runs", json=body).json()["id"]
+    use = f"/api/runs/{run}/use"
+    assert "no picture" in client.post(use, json={"what": "result"}).json()["error"]
+    known = next(iter(app.state.page.visitors)).runs[run]
+    (known.folder / "edited.png").write_bytes(png(64, 48))
+    for _ in range(2):
+        again = client.post(use, json={"what": "result"}).json()
+        assert (again["prompt"], again["points"], again["mask"]) == ("a", [], body["mask"])
+        assert again["picture"]["name"] == "cat-edited"
+        edited = client.get(f"/api/pictures/{again['picture']['id']}").content
+        assert np.array_equal(Image.open(io.BytesIO(edited)), Image.open(io.BytesIO(png(64, 48))))
+        body = {"model": "embedded", "picture": again["picture"]["id"], "prompt": "a", "mask": again["mask"]}
+        run = client.post("/api/runs", json=body | {"points": [[[1, 2], [3, 4]]]}).json()["id"]
+        known, use = next(iter(app.state.page.visitors)).runs[run], f"/api/runs/{run}/use"
+        (known.folder / "edited.png").write_bytes(png(64, 48))
+
+
+def test_a_generated_picture_is_dragged_by_any_method_with_what_it_was_made_with(app, client):
+    made = {"model": "embedded", "prompt": "a sun", "kind": "generate"}
+    run = client.post("/api/runs", json=made | {"settings": {"seed": 7}}).json()["id"]
+    known = next(iter(app.state.page.visitors)).runs
+    (known[run].folder / "generated.png").write_bytes(png(64, 64))
+    picture = client.post(f"/api/runs/{run}/use", json={"what": "result"}).json()["picture"]["id"]
+    body = edit(client, method="fastdrag", against="gooddrag") | {"picture": picture}
+    assert client.post("/api/runs", json=body).status_code == 200
+    for edited in list(known.values())[1:]:
+        config = edited.config
+        assert (config.generate.enabled, config.seed, config.ddim.steps, config.prompt) == (True, 7, 50, "a sun")
+
+
 def test_other_pages_and_names_are_refused(app, client):
     assert client.post("/api/runs", json={}, headers={"Origin": "http://evil.example"}).status_code == 403
     for host in ("evil.example", "[", "127.0.0.1.evil.example"):
@@ -273,6 +398,15 @@ def test_time_left_is_what_the_steps_to_come_cost_at_the_pace_so_far(tmp_path):
     run.told({"stage": "inversion", "done": 0, "total": 35, "note": ""}, 0.0)
     run.told({"stage": "inversion", "done": 5, "total": 35, "note": ""}, 5.0)
     assert run.seconds_left() == pytest.approx(30 + (80 * 2.3 + 8) + 35 * 2 + 3)  # 8 previews; decoding counts as 3
+    run.told({"stage": "drag", "done": 0, "total": 80, "note": ""}, 5.0)
+    run.told({"stage": "drag", "done": 40, "total": 80, "note": ""}, 5.0 + (80 * 2.3 + 8))  # twice as slow
+    assert run.seconds_left() == pytest.approx(2 * ((80 * 2.3 + 8) / 2 + 35 * 2 + 3))
+    fast = Run("edit", Form(UIConfig()).config({"model": "embedded", "method": "fastdrag"}), {}, tmp_path, tmp_path)
+    fast.told({"stage": "inversion", "done": 0, "total": 7, "note": ""}, 0.0)
+    fast.told({"stage": "inversion", "done": 7, "total": 7, "note": ""}, 7.0)
+    fast.told({"stage": "drag", "done": 0, "total": 1, "note": ""}, 7.0)
+    fast.told({"stage": "drag", "done": 1, "total": 1, "note": ""}, 9.0)  # no forward: it says nothing of the rest
+    assert fast.seconds_left() == pytest.approx(7 * 2 + 3)
     for step in range(1000):
         run.told({"step": step, "handles": [[step, 0]], "preview": False}, 6.0)
     assert len(run.way) <= 400 and run.way[0] == (0, [[0, 0]]) and run.way[-1] == (999, [[999, 0]])
@@ -280,9 +414,14 @@ def test_time_left_is_what_the_steps_to_come_cost_at_the_pace_so_far(tmp_path):
 
 def test_mistakes_at_the_start_are_said(tmp_path):
     assert load_ui([], ["port=0"]).port == 0
+    assert load_ui([], []).methods == list(methods.NAMES)
     for override in ("models=[]", "port=99999", "modles=[a]"):
         with pytest.raises(UserError):
             load_ui([], [override])
+    with pytest.raises(UserError, match="name at least one"):
+        make_app(UIConfig(methods=[]), tmp_path)
+    with pytest.raises(UserError, match="did you mean 'gooddrag'"):
+        make_app(UIConfig(methods=["dragdiffusion", "goodrag"]), tmp_path)
     with pytest.raises(UserError, match="no config file"):
         make_app(UIConfig(models=["nothing"]), tmp_path)
     with pytest.raises(UserError, match="not a folder"):
@@ -527,6 +666,109 @@ def test_keyboard_alone_opens_places_and_drags(new_page, tmp_path):
     page.locator("#tab-edit").focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator("#wish")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_the_form_follows_the_method_and_keeps_what_was_set(new_page):
+    from playwright.sync_api import expect
+
+    page = new_page()
+    page.click("#settings summary")
+    for key, value in (("drag.lr", "0.5"), ("ddim.strength", "0.5")):
+        page.fill(f"[id='field-{key}']", value)
+        page.locator(f"[id='field-{key}']").blur()
+    page.locator("#method summary").focus()
+    page.keyboard.press("Enter")
+    for key in ("Tab", *["ArrowDown"] * methods.NAMES.index("fastdrag")):
+        page.keyboard.press(key)
+    expect(page.locator("#chosen")).to_have_text("fastdrag (2024)")
+    expect(page.locator("[id='field-fastdrag.blend']")).to_be_visible()
+    assert page.evaluate("() => document.activeElement.value") == "fastdrag"
+    assert page.locator("[id='field-ddim.strength']").input_value() == "0.5"
+    assert page.locator("[id='field-ddim.steps']").input_value() == "10"
+    expect(page.locator("[id='field-drag.lr']")).to_have_count(0)
+    page.select_option("[id='field-fastdrag.blend']", "nearest")
+    page.click("#command summary")
+    expect(page.locator("#line")).to_contain_text("method=fastdrag ddim.strength=0.5 fastdrag.blend=nearest")
+    page.get_by_role("radio", name="gooddrag").check()
+    expect(page.locator("[id='field-drag.lr']")).to_have_value("0.5")
+    expect(page.locator("#line")).to_contain_text("method=gooddrag drag.lr=0.5 ddim.strength=0.5")
+    assert "fastdrag" not in page.locator("#line").inner_text()
+    expect(page.locator("#methods label")).to_contain_text([methods.find(name).summary for name in methods.NAMES])
+    page.click("#method summary")
+    expect(page.locator("#about")).to_contain_text("Note: its authors used the autoencoder")
+
+
+@pytest.mark.slow
+def test_what_a_method_does_not_use_is_not_shown(new_page):
+    from playwright.sync_api import expect
+
+    page = new_page()
+
+    def without(route):
+        answer = route.fetch()
+        start = answer.json()
+        first, second, *_ = start["methods"]
+        first |= {"uses": [], "needs": []}
+        route.fulfill(response=answer, json=start | {"methods": [first, second]})
+
+    page.route("**/api/start", without)
+    page.reload()
+    expect(page.locator("#drag")).to_be_enabled(timeout=30000)  # it needs no points
+    expect(page.locator("#about")).to_contain_text("It uses no mask.")
+    for control in ("#clear-mask", "#invert-mask", "[value=brush]", "#prompt"):
+        expect(page.locator(control)).to_be_hidden()
+    page.select_option("#against", "dragnoise")  # that does
+    page.check("[value=brush]")
+    expect(page.locator("#prompt")).to_be_visible()
+    expect(page.locator("#drag")).to_be_disabled()
+    page.select_option("#against", "")
+    expect(page.locator("[value=points]")).to_be_checked()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_two_methods_drag_side_by_side_and_a_result_is_dragged_on(new_page, page_address, tmp_path, width):
+    from playwright.sync_api import expect
+
+    page = new_page(width, 844)
+    quick(page)
+    page.click("#method summary")
+    page.get_by_role("radio", name="fastdrag").check()
+    expect(page.locator("[id='field-ddim.steps']")).to_have_value("4")
+    page.locator("#canvas").scroll_into_view_if_needed()
+    page.mouse.click(*at(page, 16, 13))
+    page.mouse.click(*at(page, 28, 17))
+    if width > 800:  # by itself first
+        page.click("#drag")
+        expect(page.locator("#state")).to_contain_text("No handle was tracked", timeout=60000)
+        expect(page.locator("#result .slider img").first).to_be_visible()
+        expect(page.locator("#curve-box")).to_be_hidden()
+    page.select_option("#against", "dragdiffusion")
+    page.click("#drag")
+    expect(page.locator("#state")).to_have_text("Both have ended.", timeout=60000)
+    fast, own = page.locator("#result figure").all()
+    expect(fast.locator("strong")).to_have_text("fastdrag")
+    expect(own.locator("strong")).to_have_text("dragdiffusion")
+    expect(fast.locator("figcaption")).to_contain_text(re.compile(r"Done: [\d.]+ s. No handle was tracked"))
+    expect(own.locator("figcaption")).to_contain_text(re.compile(r"2 steps, all steps done, [\d.]+ s. Pair 1: 12.6 → "))
+    assert (fast.locator("svg").count(), own.locator("svg").count()) == (0, 1)
+    (a, b) = (figure.locator("img").bounding_box() for figure in (fast, own))
+    assert (a["y"], a["width"]) == pytest.approx((b["y"], b["width"]), abs=0.1) and a["x"] + a["width"] < b["x"]
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+
+    shown = page.request.get(page_address + own.locator("img").get_attribute("src").lstrip("/")).body()
+    before = downloaded(page, "#export", tmp_path / "before")
+    own.locator("button:text('Drag on from here')").click()
+    expect(page.locator("#pairs li")).to_have_count(0)
+    after = downloaded(page, "#export", tmp_path / "after")
+    assert np.array_equal(Image.open(after / "image.png"), Image.open(io.BytesIO(shown)))
+    assert (after / "mask.png").read_bytes() == (before / "mask.png").read_bytes()
+    told = json.loads((after / "edit.json").read_text())
+    assert told["points"] == [] and told["prompt"] == json.loads((before / "edit.json").read_text())["prompt"] != ""
+    page.mouse.click(*at(page, 28, 17))  # the canvas is in view again
+    page.mouse.click(*at(page, 30, 20))
+    assert pairs(page) == [[[28, 17], [30, 20]]]
 
 
 @pytest.mark.slow

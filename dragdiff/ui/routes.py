@@ -48,7 +48,7 @@ class Page:
             folder: where visitors' pictures and results are kept.
 
         Raises:
-            UserError: a model, or a folder of samples, that is to be offered is not there.
+            UserError: a model, a method or a folder of samples that is to be offered is not there.
         """
         self.settings, self.form = settings, Form(settings)
         self.queue = Queue(threads=settings.threads, minutes=settings.max_minutes)
@@ -77,18 +77,21 @@ class Page:
             {
                 "models": list(self.form.models),
                 "presets": list(self.form.presets),
-                "fields": self.form.describe(),
+                "methods": self.form.offered(),
                 "samples": list(self.samples),
-                "limits": {"megabytes": self.settings.max_upload_mb, "keepHours": self.settings.keep_hours},
+                "limits": {
+                    "megabytes": self.settings.max_upload_mb,
+                    "keepHours": self.settings.keep_hours,
+                    "together": min(self.settings.queue, self.settings.queue_each),
+                },
             }
         )
 
     async def values(self, request: Request, visitor: Visitor) -> Response:
-        """The settings of a model and preset, and, once the model has been loaded, what it offers for some of them."""
+        """A method's settings with a model and preset, and, once that is loaded, what it offers for some of them."""
         query = request.query_params
-        model = query.get("model", "")
-        values = self.form.values(model, query.get("preset", ""))
-        return JSONResponse({"values": values, "choices": self.queue.choices.get(self.form.paths[model], {})})
+        values = self.form.values(query)
+        return JSONResponse({"values": values, "choices": self.queue.choices.get(self.form.paths[query["model"]], {})})
 
     # ------------------------------------------------------------------------------- pictures and samples
 
@@ -142,45 +145,67 @@ class Page:
     # ------------------------------------------------------------------------------- runs
 
     async def add_run(self, request: Request, visitor: Visitor) -> Response:
-        """Queue an edit, or the making of a picture (`kind` is "generate"); the oldest results go where many are."""
-        run = await run_in_threadpool(self._new_run, visitor, await _body(request))
-        return JSONResponse({"id": run.id})
+        """Queue an edit, or the making of a picture (`kind` is "generate"); the oldest results go where many are.
 
-    def _new_run(self, visitor: Visitor, body: Json) -> Run:
-        sample, kind = None, body.get("kind", "edit")
+        With a second method as `against` the same edit is queued by that one, too, with its own published settings and
+        those of the visitor's that it reads.
+        """
+        runs = await run_in_threadpool(self._new_runs, visitor, await _body(request))
+        return JSONResponse({"id": runs[0].id})
+
+    def _new_runs(self, visitor: Visitor, body: Json) -> list[Run]:
+        kind = body.get("kind", "edit")
         if kind not in ("edit", "generate"):
             raise UserError("the request is malformed: reload the page")
-        request = {key: body.get(key) for key in ("model", "preset", "settings", "prompt")}
+        chosen = [self.form.chosen(body).name]
+        if kind == "edit" and body.get("against"):
+            chosen.append(self.form.chosen(body, "against").name)
+            if chosen[0] == chosen[1]:
+                raise UserError(f"{chosen[0]} can't be compared with itself: choose another method")
+        runs: list[Run] = []
+        try:
+            for name in chosen:
+                runs.append(self._new_run(visitor, kind, body | {"method": name}))
+            for run in runs:
+                run.together = [run.id for run in runs]
+            self.queue.add(*runs, most=self.settings.queue, most_each=self.settings.queue_each)
+        except Exception:
+            for run in runs:
+                shutil.rmtree(run.folder, ignore_errors=True)
+            raise
+        visitor.runs |= {run.id: run for run in runs}
+        for old in [run for run in visitor.runs.values() if run.ended][: -self.settings.runs_each]:
+            visitor.remove_run(old)
+        return runs
+
+    def _new_run(self, visitor: Visitor, kind: str, body: Json) -> Run:
+        """A run by the method that the body names; with a folder, but not in the queue."""
+        sample, request = None, {}
         if kind == "generate":
             config = self.form.config(body, prompt=_text(body, "prompt"), **{"generate.enabled": True})
         else:
             sample, picture = self._sample(visitor, body)
-            config = self._edit_config(body, sample, picture)
-            request |= {"points": sample.points.tolist(), "name": sample.name, "generated": bool(picture.generated)}
+            body, config = self._edit_config(body, sample, picture)
+            self.form.chosen(body).check(sample)
             sample.resized(config.data.max_size)  # may get too small
+            request = {"points": sample.points.tolist(), "name": sample.name, "generated": bool(picture.generated)}
+        request |= {key: body.get(key) for key in ("model", "preset", "method", "prompt")}
+        request["settings"] = self.form.changes(body)
         folder = visitor.new_folder()
         if sample is not None:
             Image.fromarray(sample.image).save(folder / "source.png")
-        run = Run(kind, config, request, folder, visitor.folder / "cache", sample)
-        try:
-            self.queue.add(run, most=self.settings.queue, most_each=self.settings.queue_each)
-        except UserError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        visitor.runs[run.id] = run
-        for old in [run for run in visitor.runs.values() if run.ended][: -self.settings.runs_each]:
-            visitor.remove_run(old)
-        return run
+        return Run(kind, config, request, folder, visitor.folder / "cache", sample)
 
-    def _edit_config(self, body: Json, sample: EditSample, picture: Picture) -> Config:
+    def _edit_config(self, body: Json, sample: EditSample, picture: Picture) -> tuple[Json, Config]:
+        """What counts of a request for an edit, and the config that it amounts to."""
+        config = self.form.config(body)
         if picture.generated is None:
-            return self.form.config(body)
-        self.form.config(body)
+            return body, config
         made = picture.generated  # it comes out again only with what it was made with
-        mine = {k: v for k, v in (body.get("settings") or {}).items() if not k.startswith(GENERATED_WITH)}
+        mine = {k: v for k, v in self.form.changes(body).items() if not k.startswith(GENERATED_WITH)}
         theirs = {k: v for k, v in made["settings"].items() if k.startswith(GENERATED_WITH)}
-        body = {"model": made["model"], "preset": made["preset"], "settings": mine | theirs}
-        return self.form.config(body, prompt=sample.prompt, **{"generate.enabled": True})
+        body = body | {"model": made["model"], "preset": made["preset"], "settings": mine | theirs}
+        return body, self.form.config(body, prompt=sample.prompt, **{"generate.enabled": True})
 
     def _sample(self, visitor: Visitor, body: Json) -> tuple[EditSample, Picture]:
         picture = visitor.picture(body.get("picture"))
@@ -214,7 +239,8 @@ class Page:
         return JSONResponse({})
 
     async def use(self, request: Request, visitor: Visitor) -> Response:
-        """Put a run's picture on the canvas: its source with points and mask, its result, or what it generated."""
+        """Put a run's picture on the canvas: its source with points and mask; its result with the mask, to drag on from
+        there; or what it generated."""
         run, what = visitor.run(request.path_params["id"]), (await _body(request)).get("what")
         return JSONResponse(await run_in_threadpool(self._used, visitor, run, what))
 
@@ -227,15 +253,17 @@ class Page:
         file = run.folder / ("generated.png" if run.kind == "generate" else "edited.png")
         if not file.is_file():
             raise UserError("this run has no picture")
-        name = "generated" if run.kind == "generate" else f"{run.request['name']}-edited"
-        opened = {"picture": _as_json(visitor.add_picture(load_image(file), name)), "prompt": run.request["prompt"]}
-        if run.kind == "generate":
-            self._mark_generated(visitor, opened, run)
+        if run.sample is not None:
+            name = f"{run.sample.name.removesuffix('-edited')}-edited"
+            return self._opened(visitor, EditSample(load_image(file), run.sample.prompt, [], run.sample.mask, name))
+        opened = {"picture": _as_json(visitor.add_picture(load_image(file), "generated")), "prompt": run.config.prompt}
+        self._mark_generated(visitor, opened, run)
         return opened
 
     def _mark_generated(self, visitor: Visitor, opened: Json, run: Run) -> None:
         made = {"model": run.request["model"], "preset": run.request["preset"], "prompt": run.config.prompt}
-        made["settings"] = run.request["settings"] or {}
+        # another method has other published values of what all of them read
+        made["settings"] = run.request["settings"] | {"ddim.steps": run.config.ddim.steps}
         id = opened["picture"]["id"]
         visitor.pictures[id] = dataclasses.replace(visitor.pictures[id], generated=made)
         opened["picture"] = _as_json(visitor.pictures[id])

@@ -15,7 +15,7 @@ from dragdiff.aliases import Json
 from dragdiff.config import Config
 from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
-from dragdiff.methods.method import Stage, total_steps
+from dragdiff.methods.method import origin_stages, total_forwards
 from dragdiff.ui.process import work
 from dragdiff.ui.tasks import PageTask, too_long
 
@@ -32,6 +32,8 @@ class Run:
     Attributes:
         way: (step, each handle's (x, y) in px of the picture).
         previews: steps of which there is a preview.
+        together: ids of the runs that one press of a button has made, this one included: the same drag by several
+            methods.
         version: grows with each change.
     """
 
@@ -50,10 +52,16 @@ class Run:
     note: str = ""
     way: list[tuple[int, list[list[float]]]] = field(default_factory=list)
     previews: list[int] = field(default_factory=list)
+    together: list[str] = field(default_factory=list)
     facts: Json = field(default_factory=dict)
     version: int = 0
     _stage_began: float = 0.0
     _pace: float = 0.0  # seconds for what costs as much as a forward
+
+    def __post_init__(self) -> None:
+        self.together = self.together or [self.id]
+        edit = methods.find(self.config.method).stages
+        self._forwards = total_forwards((origin_stages if self.kind == "generate" else edit)(self.config))
 
     @property
     def ended(self) -> bool:
@@ -66,8 +74,9 @@ class Run:
             if message["stage"] != self.stage or message["done"] == 0:
                 self._stage_began = now
             self.stage, self.done, self.total, self.note = (message[key] for key in ("stage", "done", "total", "note"))
-            if self.done and self.note != "from the cache" and (cost := self._costs().get(self.stage)):
-                self._pace = (now - self._stage_began) / (self.done * cost)
+            done = self._forwards.get(self.stage, 0.0) * self.done / max(self.total, 1)
+            if done >= 1 and self.note != "from the cache":  # what takes no time tells no pace
+                self._pace = (now - self._stage_began) / done
         else:
             self.way.append((message["step"], message["handles"]))
             if message["preview"]:
@@ -78,29 +87,11 @@ class Run:
 
     def seconds_left(self) -> float | None:
         """At the pace so far, if all steps are done; None while nothing is known."""
-        steps, costs = self.stages(), self._costs()
-        names = list(steps)
+        names = list(self._forwards)
         if not self._pace or self.stage not in names:
             return None
-        later = names[names.index(self.stage) + 1 :]
-        here = (self.total - self.done) * costs[self.stage]
-        return self._pace * (here + sum(steps[name] * costs[name] for name in later))
-
-    def stages(self) -> dict[str, int]:
-        """The stages that take time, with their steps at most."""
-        if self.kind == "generate":
-            return {"generate": self.config.ddim.steps}
-        return total_steps(self._parts())
-
-    def _parts(self) -> list[Stage]:
-        return methods.find(self.config.method).stages(self.config)
-
-    def _costs(self) -> dict[str, float]:
-        """Of a step of each stage, in forwards of the denoiser."""
-        costs: dict[str, float] = {}
-        for stage in self._parts():
-            costs[stage.name] = costs.get(stage.name, 0.0) + stage.forwards / max(stage.steps, 1)
-        return costs
+        here = self._forwards[self.stage] * (1 - self.done / max(self.total, 1))
+        return self._pace * (here + sum(self._forwards[name] for name in names[names.index(self.stage) + 1 :]))
 
     def as_json(self, ahead: int) -> Json:
         """What the page shows of it.
@@ -109,10 +100,12 @@ class Run:
             ahead: runs that come first.
         """
         left = self.seconds_left() if self.status == "running" else None
-        keys = ("id", "kind", "status", "message", "stage", "done", "total", "note", "way", "previews", "facts")
+        keys = ("id", "kind", "status", "message", "stage", "done", "total", "note", "way", "previews", "together")
         return {key: getattr(self, key) for key in keys} | {
             "request": self.request,
+            "facts": self.facts,
             "ahead": ahead,
+            "stages": list(self._forwards),
             "secondsLeft": left if left is None else round(left, 1),
             "size": [self.sample.width, self.sample.height] if self.sample else None,
         }
@@ -148,17 +141,20 @@ class Queue:
             self._changed.notify_all()
         self._thread.join(10)
 
-    def add(self, run: Run, *, most: int, most_each: int) -> None:
-        """
+    def add(self, *runs: Run, most: int, most_each: int) -> None:
+        """Let a visitor's runs wait, all or none of them.
+
         Raises:
             UserError: too many wait.
         """
         with self._changed:
-            if sum(other.cache == run.cache for other in self._waiting) >= most_each:
-                raise UserError(f"{most_each} of your runs are waiting: let one begin, or cancel one")
-            if len(self._waiting) >= most:
-                raise UserError(f"{most} runs are waiting: try again later")
-            self._waiting.append(run)
+            if len(runs) > min(most, most_each):
+                raise UserError(f"{len(runs)} runs at once are too many here: at most {min(most, most_each)} may wait")
+            if sum(other.cache == runs[0].cache for other in self._waiting) + len(runs) > most_each:
+                raise UserError(f"{most_each} of your runs may wait: let one begin, or cancel one")
+            if len(self._waiting) + len(runs) > most:
+                raise UserError(f"{most} runs may wait, and so many do: try again later")
+            self._waiting += runs
             self._changed.notify_all()
 
     def ahead(self, run: Run) -> int:

@@ -1,12 +1,13 @@
 // The page: what is asked of the server, and what is shown of its answers. The algorithm is the server's.
 import { DragCanvas } from "./canvas.js";
-import { difference, drawCurve, drawLive, make, slider } from "./views.js";
+import { curve, difference, drawCurve, drawLive, make, slider } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
 const canvas = new DragCanvas($("canvas"));
 const runs = new Map(); // by id, in the order they came
-let start, picture = null, current = null, wanted = null, values = {}, offered = {}, loaded = "";
-const changed = {}; // settings that differ from those of model and preset
+let start, picture = null, current = null, wanted = null, loaded = "";
+let method, fields = [], values = {}, offered = {}; // the chosen method, and the form that is shown
+const changed = {}; // settings that the person has made; each method takes those that it reads
 
 // ------------------------------------------------------------------------------ the server
 
@@ -109,7 +110,7 @@ async function dropped(transfer) {
 async function request() {
   if (!picture) throw new Error("open a picture first");
   const mask = await canvas.mask();
-  return { ...settings(), picture: picture.id, prompt: $("prompt").value, points: canvas.points, mask: mask && (await dataUrl(mask)) };
+  return { ...settings(), against: $("against").value, picture: picture.id, prompt: $("prompt").value, points: canvas.points, mask: mask && (await dataUrl(mask)) };
 }
 
 const dataUrl = (blob) => new Promise((resolve) => {
@@ -119,12 +120,13 @@ const dataUrl = (blob) => new Promise((resolve) => {
 });
 
 function refresh() {
+  if (!picture) return;
   $("undo").disabled = !canvas.canUndo;
   $("redo").disabled = !canvas.canRedo;
   const { points, pending } = canvas;
-  $("drag").disabled = !points.length;
+  $("drag").disabled = !points.length && chosen().some(({ needs }) => needs.includes("points"));
   $("hint").textContent = pending ? "Now click where it should go."
-    : points.length ? "Press Drag, or add more pairs. With the brush, paint what may change."
+    : points.length ? `Press Drag, or add more pairs.${uses("mask") ? " With the brush, paint what may change." : ""}`
     : "Click the part to move, then where it should go.";
   if ($("pairs").contains(document.activeElement)) return; // typing
   $("pairs").replaceChildren(...points.map((pair, i) => {
@@ -144,18 +146,63 @@ function refresh() {
 
 // ------------------------------------------------------------------------------ settings
 
-const settings = () => ({ model: $("model").value, preset: $("preset").value, settings: { ...changed } });
+const settings = () => ({ model: $("model").value, preset: $("preset").value, method: method.name, settings: { ...changed } });
+
+/** The methods that the next drag is done by: one, or two to be compared. */
+const chosen = () => [method, ...start.methods.filter(({ name }) => name === $("against").value)];
+const uses = (what) => chosen().some((one) => one.needs.includes(what) || one.uses.includes(what));
+
+/** Take another method, with its form. */
+async function choose(name) {
+  method = start.methods.find((one) => one.name === name) ?? method;
+  for (const radio of document.querySelectorAll("[name=method]")) radio.checked = radio.value === method.name;
+  const others = start.methods.filter((one) => one !== method).map((one) => one.name), { value } = $("against");
+  choices("against", others, [make("option", { value: "", textContent: "none" })]);
+  $("against").value = others.includes(value) ? value : "";
+  $("beside").hidden = !others.length || start.limits.together < 2;
+  adapt();
+  await baseValues();
+}
+
+/** Show what the chosen methods say of themselves, and only those controls that they use. */
+function adapt() {
+  $("chosen").textContent = called(method);
+  $("about").replaceChildren(...chosen().map((one) => make("p", { textContent: one === method ? sentence(one) : `${one.name}: ${one.summary}` })));
+  for (const control of document.querySelectorAll("[data-uses]")) control.hidden = !uses(control.dataset.uses);
+  if (!uses("mask") && ["brush", "eraser"].includes(canvas.tool)) document.querySelector("[name=tool][value=points]").click();
+  shade();
+  refresh();
+}
+
+const shade = () => (canvas.maskOpacity = uses("mask") ? $("opacity").value / 100 : 0);
+
+const called = ({ name, year }) => (year ? `${name} (${year})` : name);
+const sentence = (one) => [one.summary, one.uses.includes("mask") ? "" : "It uses no mask.", one.note && `Note: ${one.note}`].filter(Boolean).join(" ");
+
+function methodChoice(one) {
+  const paper = one.paper && make("a", { href: `https://arxiv.org/abs/${one.paper}`, target: "_blank", rel: "noreferrer", textContent: `arXiv:${one.paper}` });
+  return make("label", {},
+    make("input", { type: "radio", name: "method", value: one.name, onchange: () => attempt(async () => { await choose(one.name); await command(); }) }),
+    make("span", {}, make("strong", { textContent: called(one) }), ` ${one.title} `, paper),
+    make("small", { textContent: sentence(one) }));
+}
+
+let asked = 0;
 
 async function baseValues() {
-  const of = new URLSearchParams({ model: $("model").value, preset: $("preset").value });
-  ({ values, choices: offered } = await ask(`/api/values?${of}`));
+  const turn = ++asked, { fields: mine, name } = method;
+  const of = new URLSearchParams({ model: $("model").value, preset: $("preset").value, method: name });
+  const answer = await ask(`/api/values?${of}`);
+  if (turn !== asked) return; // meanwhile something else was chosen
+  ({ values, choices: offered } = answer);
+  fields = mine;
   fillFields();
 }
 
 function fillFields() {
   const focused = document.activeElement?.id;
   const groups = { fields: [], "generate-fields": [] };
-  for (const f of start.fields) {
+  for (const f of fields) {
     if (!f.key.startsWith("generate.")) groups.fields.push(field(f));
     if (f.key.startsWith("generate.") || f.key === "seed") groups["generate-fields"].push(field(f, "wish"));
   }
@@ -209,12 +256,29 @@ async function command() {
 const REASONS = { reached: "all handles arrived", steps: "all steps done", stopped: "ended on request" };
 const file = (run, name) => `/api/runs/${run.id}/${name}`;
 
+const active = (run) => run.status === "queued" || run.status === "running";
+const together = (run) => (run?.together ?? []).map((id) => runs.get(id)).filter(Boolean); // of one press of Drag, by several methods
+const px = ({ distance_before_px: before, distance_after_px: after }) => `${before.toFixed(1)} → ${after.toFixed(1)} px`;
+
+/** What has become of the handles; a method without optimisation tracks none. */
+function distances({ points }) {
+  const tracked = points.filter((p) => "distance_after_px" in p);
+  if (!tracked.length) return "No handle was tracked.";
+  return `${points.map((p, i) => `Pair ${i + 1}: ${px(p)}`).join("; ")} (as tracked)`;
+}
+
+const took = ({ seconds }) => `${Object.values(seconds).reduce((sum, s) => sum + s, 0).toFixed(1)} s`;
+
 function words(run) {
+  const { facts } = run;
   if (run.status === "queued") return run.ahead ? `Waiting: ${run.ahead} run${run.ahead > 1 ? "s" : ""} before this one.` : "Begins…";
   if (run.status === "failed") return run.message;
   if (run.status === "cancelled") return "Cancelled. What was trained and inverted is kept for the next drag of this picture.";
-  if (run.status === "done") return run.kind === "generate" ? "Done." : `Done: ${run.facts.steps} steps, ${REASONS[run.facts.stop_reason] ?? run.facts.stop_reason}. `
-    + run.facts.points.map((p, i) => `Pair ${i + 1}: ${p.distance_before_px.toFixed(1)} → ${p.distance_after_px.toFixed(1)} px`).join("; ") + " (as tracked)";
+  if (run.status === "done" && run.kind === "generate") return "Done.";
+  if (run.status === "done") {
+    const ended = facts.stop_reason ? `${facts.steps} steps, ${REASONS[facts.stop_reason] ?? facts.stop_reason}, ` : "";
+    return `Done: ${ended}${took(facts)}. ${distances(facts)}`;
+  }
   if (!run.stage || run.stage === "model") return "Loading the model…";
   const left = run.secondsLeft === null ? "" : `, at most about ${run.secondsLeft < 90 ? `${Math.ceil(run.secondsLeft)} s` : `${Math.ceil(run.secondsLeft / 60)} min`} left`;
   return `${run.stage}: step ${run.done} of ${run.total}${run.note ? `, ${run.note}` : ""}${left}`;
@@ -222,19 +286,27 @@ function words(run) {
 
 const shown = new Map(); // preview pictures by address
 
-async function showRun(run) {
-  const live = run.status === "running" || run.status === "queued";
-  $("state").textContent = words(run);
-  const said = live && run.status === "running" ? run.stage : words(run); // each step read aloud would be too much
+/** Show how far the runs of the last press of Drag are: the one at work, and results as they come. */
+async function showRuns() {
+  const all = together(runs.get(current)), run = all.find(active) ?? all.at(-1);
+  if (!run) return; // not told of yet
+  const live = active(run);
+  const who = all.length > 1 ? `${run.request.method}, ` : "";
+  const text = live ? who + words(run) : all.length > 1 ? "Both have ended." : words(run);
+  $("state").textContent = text;
+  const said = run.status === "running" ? who + run.stage : text; // each step read aloud would be too much
   if ($("said").textContent !== said) $("said").textContent = said;
-  $("state").className = run.status === "failed" ? "bad" : "";
+  $("state").className = run.status === "failed" && all.length === 1 ? "bad" : "";
   $("progress").hidden = !live;
   $("progress").value = run.total ? run.done / run.total : 0;
+  $("stages").hidden = run.status !== "running" || !run.stages.includes(run.stage);
+  $("stages").replaceChildren(...run.stages.map((name) => make("li", { textContent: name, ariaCurrent: name === run.stage ? "step" : null })));
   $("cancel").hidden = !live;
-  $("finish").hidden = !(run.status === "running" && run.stage === "drag");
+  $("finish").hidden = !(run.status === "running" && run.stage === "drag" && run.way.length);
   const { points } = run.request;
-  $("curve-box").hidden = !run.way.length;
+  $("curve-box").hidden = !run.way.length || (!live && all.length > 1); // then each has its own
   if (run.way.length) drawCurve($("curve"), run.way, points);
+  showResults(all);
   const last = run.previews.at(-1);
   $("live").hidden = last === undefined || run.status === "done";
   if (last !== undefined && run.status !== "done") {
@@ -242,16 +314,32 @@ async function showRun(run) {
     const image = shown.get(src) ?? new Image();
     if (!image.src) { shown.clear(); shown.set(src, image); image.src = src; }
     await image.decode().catch(() => {});
-    if (run.id !== current || run !== runs.get(run.id)) return; // meanwhile there is newer
+    if (!run.together.includes(current) || run !== runs.get(run.id)) return; // meanwhile there is newer
     if (image.naturalWidth) drawLive($("live"), image, run.size, run.way, points);
   }
-  if (run.status === "done" && $("result").dataset.run !== run.id) {
-    $("result").dataset.run = run.id;
-    $("result").replaceChildren(slider(file(run, "source.png"), file(run, "edited.png")), actions(run, false));
-  } else if (run.status !== "done") {
-    delete $("result").dataset.run;
-    $("result").replaceChildren();
-  }
+}
+
+/** One result under a slider over its source; of several methods side by side. */
+function showResults(all) {
+  const state = all.map(({ id, status }) => `${id} ${active({ status }) ? "" : status}`).join();
+  if ($("result").dataset.shown === state) return;
+  $("result").dataset.shown = state;
+  const [run] = all;
+  if (all.length > 1 && !all.every(active)) $("result").replaceChildren(make("div", { className: "two" }, ...all.map(result)));
+  else if (run.status === "done") $("result").replaceChildren(slider(file(run, "source.png"), file(run, "edited.png")), actions(run, false));
+  else $("result").replaceChildren();
+}
+
+/** A method's result beside another's. */
+function result(run) {
+  const name = run.request.method, parts = [];
+  if (run.status === "done") parts.push(make("img", { src: file(run, "edited.png"), alt: `edited by ${name}` }));
+  parts.push(make("figcaption", {}, make("strong", { textContent: name }),
+    make("p", { textContent: active(run) ? "to come" : words(run), className: run.status === "failed" ? "bad" : "" })));
+  // what the first has trained and inverted, the second may have from the cache
+  if (run.status === "done") parts.push(make("small", { textContent: Object.entries(run.facts.seconds).map(([stage, s]) => `${stage} ${s.toFixed(1)} s`).join(", ") }));
+  if (run.status === "done" && run.way.length) parts.push(curve(run.way, run.request.points));
+  return make("figure", {}, ...parts, ...(active(run) ? [] : [actions(run, false)]));
 }
 
 function actions(run, inHistory) {
@@ -263,20 +351,20 @@ function actions(run, inHistory) {
       Object.assign(changed, run.request.settings ?? {});
       $("model").value = run.request.model;
       $("preset").value = run.request.preset ?? "";
-      await baseValues();
+      await choose(run.request.method);
       await show(await ask(file(run, "use"), { what: "source" }));
     }));
     if (run.status === "done") list.push(
-      button("Go on from the result", async () => show(await ask(file(run, "use"), { what: "result" }))),
-      button("Compare", () => { compare(run); select("compare"); }),
+      button("Drag on from here", async () => { await show(await ask(file(run, "use"), { what: "result" })); $("canvas").focus(); }),
+      button("Compare", () => { compare(run, together(run).find((other) => other !== run && other.status === "done")); select("compare"); }),
       make("a", { href: file(run, "result.zip"), textContent: "Download", download: "" }));
   } else if (run.status === "done") list.push(button("Drag it", async () => show(await ask(file(run, "use"), { what: "result" }))));
-  if (inHistory) list.push(["queued", "running"].includes(run.status) ? button("Cancel", () => ask(file(run, "cancel"), {}))
+  if (inHistory) list.push(active(run) ? button("Cancel", () => ask(file(run, "cancel"), {}))
     : button("Delete", () => ask(file(run, "remove"), {})));
   return make("p", { className: "bar" }, ...list);
 }
 
-function compare(run) {
+function compare(run, beside) {
   const left = file(run, "source.png"), right = file(run, "edited.png");
   const stage = make("div");
   const views = {
@@ -288,6 +376,7 @@ function compare(run) {
   const others = [...runs.values()].filter((other) => other.status === "done" && other.kind === "edit" && other.id !== run.id);
   const against = make("select", { ariaLabel: "Compare with" }, make("option", { value: "", textContent: "its source" }),
     ...others.map((other) => make("option", { value: other.id, textContent: title(other) })));
+  against.value = beside?.id ?? "";
   const draw = async () => {
     stage.replaceChildren(await views[choose.value](against.value ? `/api/runs/${against.value}/edited.png` : left, right));
   };
@@ -302,7 +391,7 @@ const title = (run) => {
   if (!numbers.has(run.id)) numbers.set(run.id, numbers.size + 1);
   const number = numbers.get(run.id);
   const what = Object.entries(run.request.settings ?? {}).map(([k, v]) => `${k}=${v}`).join(" ");
-  return `${number}. ${run.request.name ?? "generated"}, ${run.request.model} ${run.request.preset ?? ""} ${what}`.trim();
+  return `${number}. ${run.request.name ?? "generated"}, ${run.kind === "edit" ? `${run.request.method}, ` : ""}${run.request.model} ${run.request.preset ?? ""} ${what}`.trim();
 };
 
 const rows = new Map(); // of the history, by run's id; each is made anew only when its run begins or ends
@@ -322,6 +411,7 @@ function showInHistory(run) {
 
 function forget(id) {
   runs.delete(id);
+  if (current === id) current = null;
   rows.get(id)?.remove();
   rows.delete(id);
 }
@@ -340,9 +430,7 @@ function listen() {
       const before = runs.get(run.id)?.status;
       runs.set(run.id, run);
       showInHistory(run);
-      const active = ["queued", "running"].includes(run.status);
-      if (run.kind === "edit" && (run.id === wanted || (current === null && active))) { current = run.id; wanted = null; }
-      if (run.id === current) showRun(run);
+      if (run.kind === "edit" && (run.id === wanted || (current === null && active(run)))) { current = run.id; wanted = null; }
       if (run === [...runs.values()].findLast(({ kind }) => kind === "generate")) {
         $("make-state").textContent = words(run);
         $("make-state").className = run.status === "failed" ? "bad" : "";
@@ -351,6 +439,7 @@ function listen() {
           actions(run, run.status !== "done"));
       }
     }
+    if (told.runs.some((run) => run.together.includes(current))) showRuns();
     told.gone.forEach(forget);
     $("none").hidden = runs.size > 0;
     if (loaded !== (loaded = told.loaded.join())) attempt(baseValues); // its settings' choices are known now
@@ -394,7 +483,8 @@ document.addEventListener("drop", (e) => { e.preventDefault(); document.body.cla
 document.addEventListener("paste", (e) => { if (e.clipboardData.files.length) attempt(() => open([...e.clipboardData.files])); });
 for (const radio of document.querySelectorAll("[name=tool]")) radio.addEventListener("change", () => (canvas.tool = radio.value));
 on("size", "input", (e) => (canvas.brushSize = +e.target.value));
-on("opacity", "input", (e) => (canvas.maskOpacity = e.target.value / 100));
+on("opacity", "input", shade);
+on("against", "change", adapt);
 on("undo", "click", () => canvas.undo());
 on("redo", "click", () => canvas.redo());
 on("clear-points", "click", () => canvas.clearPoints());
@@ -403,9 +493,9 @@ on("invert-mask", "click", () => canvas.invertMask());
 on("zoom-in", "click", () => canvas.zoomBy(1.4));
 on("zoom-out", "click", () => canvas.zoomBy(1 / 1.4));
 on("fit", "click", () => canvas.fit());
-on("drag", "click", async () => { wanted = current = (await ask("/api/runs", { kind: "edit", ...(await request()) })).id; if (runs.has(current)) showRun(runs.get(current)); });
-on("cancel", "click", () => ask(`/api/runs/${current}/cancel`, {}));
-on("finish", "click", () => ask(`/api/runs/${current}/finish`, {}));
+on("drag", "click", async () => { wanted = current = (await ask("/api/runs", { kind: "edit", ...(await request()) })).id; showRuns(); });
+on("cancel", "click", () => Promise.all(together(runs.get(current)).filter(active).map((run) => ask(file(run, "cancel"), {}))));
+on("finish", "click", () => ask(file(together(runs.get(current)).find(active), "finish"), {}));
 on("export", "click", async () => {
   const answer = await ask("/api/export", { ...(await request()), format: $("format").value }, true);
   const link = make("a", { href: URL.createObjectURL(await answer.blob()), download: `${picture.name}.zip` });
@@ -422,9 +512,9 @@ attempt(async () => {
   choices("samples", start.samples, [make("option", { value: "", textContent: "choose…" })]);
   choices("model", start.models, []);
   choices("preset", start.presets, [make("option", { value: "", textContent: "none" })]);
-  await baseValues();
+  $("methods").append(...start.methods.map(methodChoice));
+  await choose(start.methods[0].name);
   listen();
-  canvas.maskOpacity = $("opacity").value / 100;
   // its mask stays, its points don't: the first drag is the visitor's own
   await show(await ask("/api/open", { sample: start.samples.find((name) => name.startsWith("example:")) }), { points: [] });
   refresh();

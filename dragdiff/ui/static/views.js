@@ -61,6 +61,14 @@ export function drawCurve(svg, way, points) {
   });
 }
 
+/** A curve as a picture of its own. */
+export function curve(way, points) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  for (const [key, value] of Object.entries({ viewBox: "0 0 300 90", role: "img", "aria-label": "Distance to the target, px, by step" })) svg.setAttribute(key, value);
+  drawCurve(svg, way, points);
+  return svg;
+}
+
 /** Source and result in one place, parted by a slider. */
 export function slider(left, right) {
   const over = make("img", { className: "over", src: left, alt: "source" });
