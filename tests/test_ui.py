@@ -149,14 +149,13 @@ def test_a_method_that_the_server_was_not_started_with_is_refused(tmp_path):
     assert not (tmp_path / "done").exists()
 
 
-def test_a_method_of_the_servers_owner_is_offered_by_its_name_as_it_says_itself(tmp_path, monkeypatch):
+def test_a_method_of_the_servers_owner_is_offered_by_its_name_as_it_says_itself(tmp_path):
     shipped = methods.find("dragdiffusion")
     stages = lambda config: [Stage("wish", 2, 1.0, 1), Stage("decode", 1, 3.0, 0)]  # noqa: E731
     mine = dataclasses.replace(shipped, name="mine", needs=(), uses=(), reads=("ddim",), stages=stages)
-    find = methods.find
-    monkeypatch.setattr(methods, "find", lambda name: mine if name in ("my.py", "mine") else find(name))
-    app = make_app(UIConfig(methods=["my.py"]), tmp_path)
-    [offered] = Form(UIConfig(methods=["my.py"])).offered()
+    settings = UIConfig(methods=[methods.bring(mine)])
+    app = make_app(settings, tmp_path)
+    [offered] = Form(settings).offered()
     keys = {field["key"] for field in offered["fields"]}
     assert offered["name"] == "mine" and "ddim.steps" in keys and not any(key.startswith("lora.") for key in keys)
     client = visitor(app)
@@ -166,6 +165,26 @@ def test_a_method_of_the_servers_owner_is_offered_by_its_name_as_it_says_itself(
     run.told({"stage": "wish", "done": 0, "total": 2, "note": ""}, 0.0)
     run.told({"stage": "wish", "done": 2, "total": 2, "note": ""}, 4.0)
     assert run.seconds_left() == pytest.approx(3 * 4.0)
+
+
+@pytest.mark.slow
+def test_a_method_in_a_file_runs_in_the_models_process_and_its_download_repeats_it(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text("utf-8")
+    (tmp_path / "shift.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    offered = ["dragdiffusion", str(tmp_path / "shift.py")]
+    app = make_app(UIConfig(models=["embedded"], methods=offered, threads=1), tmp_path / "ui")
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        client.get("/")
+        settings = {"ddim.steps": 4, "ddim.strength": 0.5, "shift.radius": 7}
+        run = client.post("/api/runs", json=edit(client, method="shift", settings=settings)).json()["id"]
+        known = next(iter(app.state.page.visitors)).runs[run]
+        deadline = time.monotonic() + 120
+        while not known.ended and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert known.status == "done", known.message
+        with zipfile.ZipFile(io.BytesIO(client.get(f"/api/runs/{run}/result.zip").content)) as files:
+            assert "method: shift.py" in files.read("cat/config.yaml").decode()
+            assert files.read("cat/shift.py").decode() == (tmp_path / "shift.py").read_text()
 
 
 def test_a_text_of_a_visitors_is_never_a_reference_to_the_environment(monkeypatch):

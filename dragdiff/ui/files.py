@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dragdiff.config import Config, to_yaml
+from dragdiff.config import Config, to_files
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample, load_image
 from dragdiff.errors import UserError
@@ -104,7 +104,7 @@ def results(sample: EditSample, config: Config, folder: Path) -> bytes:
             mask = f"{sample.name}/mask.png" if sample.mask is not None else ""
             config = dataclasses.replace(config, sample="", points=sample.points.tolist(), mask=mask)
         more = {f"{sample.name}/{name}": (folder / name).read_bytes() for name in DOWNLOADED}
-        more[f"{sample.name}/config.yaml"] = to_yaml(config).encode()
+        more |= {f"{sample.name}/{name}": text.encode() for name, text in to_files(config).items()}
         return _zipped(Path(made), more)
 
 
