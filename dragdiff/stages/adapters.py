@@ -168,36 +168,16 @@ def train(
         folder: where LoRAs and a checkpoint go every `lora.save_every` steps.
         snapshots: numbers of steps after which `keep` is given the picture's number, the steps and the LoRA.
     """
-    settings, model = job.config.lora, job.model
-    scheduler = model.scheduler(job.config.ddim.steps)
-    inputs = lora_inputs(job, pictures[0])
+    settings, inputs = job.config.lora, lora_inputs(job, pictures[0])
     resume = Path(settings.resume).expanduser() if settings.resume else None
     if resume:
         check_resume(resume, settings=inputs, steps=settings.steps)
     with job.stage("LoRA", settings.steps) as advance:
-        prepared = [_prepared(job, picture, len(scheduler.alphas_cumprod)) for picture in pictures]
+        prepared = [_prepared(job, picture) for picture in pictures]
         good = [number for number, picture in enumerate(prepared) if picture.is_finite]
         if not good:
             return [job.not_finite] * len(pictures)
-        trainable = lora.trainable(
-            model.network,
-            model.lora_targets,
-            rank=settings.rank,
-            alpha=settings.alpha or float(settings.rank),
-            seed=job.config.seed,
-            pictures=len(good),
-        )
-        with trainable as (weights, current):
-            module = LoRAFinetune(
-                model,
-                weights,
-                [prepared[number] for number in good],
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                scheduler=scheduler,
-                scaling=job.autocast == "fp16",
-                settings=inputs,
-            )
+        with _training(job, [prepared[number] for number in good], inputs) as (module, current):
 
             def learned() -> dict[int, LoRA | UserError]:
                 return {number: _learned(job, module, row, current(row)) for row, number in enumerate(good)}
@@ -213,7 +193,7 @@ def train(
             fit(
                 module,
                 steps=settings.steps,
-                device=model.device,
+                device=job.model.device,
                 autocast=job.autocast,
                 callbacks=callbacks,
                 logger=shared_logger([loggers[number] for number in good]),
@@ -222,6 +202,33 @@ def train(
             )
             trained = learned()
     return [trained.get(number, job.not_finite) for number in range(len(pictures))]
+
+
+@contextmanager
+def _training(
+    job: Job, pictures: Sequence[TrainingPicture], inputs: dict[str, Any]
+) -> Iterator[tuple[LoRAFinetune, Callable[[int], LoRA]]]:
+    """The module that trains a LoRA for each picture, with its layers in the network; and the LoRA of a picture."""
+    settings, model = job.config.lora, job.model
+    with lora.trainable(
+        model.network,
+        model.lora_targets,
+        rank=settings.rank,
+        alpha=settings.alpha or float(settings.rank),
+        seed=job.config.seed,
+        pictures=len(pictures),
+    ) as (weights, current):
+        module = LoRAFinetune(
+            model,
+            weights,
+            pictures,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            scheduler=model.scheduler(job.config.ddim.steps),
+            scaling=job.autocast == "fp16",
+            settings=inputs,
+        )
+        yield module, current
 
 
 def _learned(job: Job, module: LoRAFinetune, row: int, made: LoRA) -> LoRA | UserError:
@@ -235,7 +242,7 @@ def _learned(job: Job, module: LoRAFinetune, row: int, made: LoRA) -> LoRA | Use
     return made
 
 
-def _prepared(job: Job, picture: EditSample, train_timesteps: int) -> TrainingPicture:
+def _prepared(job: Job, picture: EditSample) -> TrainingPicture:
     settings = job.config.lora
     with torch.no_grad():
         posterior, latent_shape, slack = crops(
@@ -246,7 +253,7 @@ def _prepared(job: Job, picture: EditSample, train_timesteps: int) -> TrainingPi
         batch_size=settings.batch_size,
         latent_shape=latent_shape,
         slack=slack,
-        train_timesteps=train_timesteps,
+        train_timesteps=len(job.model.scheduler(job.config.ddim.steps).alphas_cumprod),
     )
     return TrainingPicture(posterior, job.condition([picture.prompt]), draw)
 
