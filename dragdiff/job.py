@@ -18,15 +18,16 @@ from torch import Tensor
 
 from dragdiff import cache
 from dragdiff.aliases import Report
-from dragdiff.backbones.diffusion import Condition, Diffusion
 from dragdiff.callbacks import Frames, Trajectory, Watch
-from dragdiff.config import Config
-from dragdiff.data.sample import EditSample
 from dragdiff.errors import UserError
-from dragdiff.modules.points import Points, to_image
+from dragdiff.modules.points import to_image
 
 if TYPE_CHECKING:
+    from dragdiff.backbones.diffusion import Condition, Diffusion
+    from dragdiff.config import Config
+    from dragdiff.data.sample import EditSample
     from dragdiff.modules.denoiser import Denoiser
+    from dragdiff.modules.points import Points
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from dragdiff.cache import digest
 from dragdiff.errors import UserError
 from dragdiff.metrics.statistics import Mean, mean_over_images, mean_over_pairs, paired_difference
 from dragdiff.metrics.suite import COLUMNS, metric_key
-from dragdiff.study.plan import Plan
 from dragdiff.study.store import SCORES, Store
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from dragdiff.study.plan import Plan
 
 ALL = "all"  # in place of a category
 
