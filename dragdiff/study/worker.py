@@ -56,6 +56,38 @@ class Failure(NamedTuple):
         return cls(reason, "".join(traceback.format_exception(error)))
 
 
+class Room:
+    """How many edits fit into a GPU's memory together, found out from the most that one has needed.
+
+    Attributes:
+        edits: that many; elsewhere, and at first, one.
+    """
+
+    def __init__(self, batch: int) -> None:
+        """
+        Args:
+            batch: how many the study says; 0 = it is to be found out.
+        """
+        self.edits = batch or 1
+        self._given, self._needed = batch > 0, 1.0  # bytes, the most that an edit has taken
+
+    @contextmanager
+    def measured(self, editor: Editor) -> Iterator[None]:
+        """Learns from a batch of an editor that is run meanwhile."""
+        device = editor.backbone.device
+        if self._given or device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.memory_allocated(device)
+        yield
+        if editor.ran_together:
+            needed = (torch.cuda.max_memory_allocated(device) - before) / editor.ran_together
+            self._needed = max(self._needed, needed)
+            held = torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+            self.edits = int(min(MOST, max(1, SHARE * free / self._needed)))
+
+
 class Worker:
     """One model, kept loaded, and the metrics'."""
 
@@ -69,8 +101,7 @@ class Worker:
         self._model = OneModel()
         self._gpu: torch.device | None = None  # that the model is on
         self._pictured: list[str] = []
-        self._room = study.batch or 1  # edits that fit into memory together
-        self._needed = 1.0  # bytes, the most that an edit has taken
+        self._room = Room(study.batch)
         self._suite: Suite | None = None
 
     def ping(self) -> None:
@@ -92,22 +123,18 @@ class Worker:
         """
         assert task.config is not None
         editor = self._configured(task.config)
+        backbone, seconds = editor.backbone, []
         try:
-            return self._pace(task, task.config, editor)
+            shape = (1, backbone.latent_channels, *editor.size_class(task.subject.sample))
+            latent = torch.zeros(shape, device=backbone.device)
+            with _threads(self.study.threads), torch.no_grad():
+                condition = backbone.condition([""])
+                for _ in range(4):
+                    start = time.perf_counter()
+                    backbone.predict(latent, torch.tensor(500), condition).sum().item()
+                    seconds.append(time.perf_counter() - start)
         except (UserError, torch.OutOfMemoryError):
             return None
-
-    def _pace(self, task: Task, config: Config, editor: Editor) -> float:
-        image = task.subject.sample.resized(config.data.max_size).image
-        backbone = editor.backbone
-        shape = (1, backbone.latent_channels, *backbone.latent_size(*image.shape[:2]))
-        latent, seconds = torch.zeros(shape, device=backbone.device), []
-        with _threads(self.study.threads), torch.no_grad():
-            condition = backbone.condition([""])
-            for _ in range(4):
-                start = time.perf_counter()
-                backbone.predict(latent, torch.tensor(500), condition).sum().item()
-                seconds.append(time.perf_counter() - start)
         return float(np.median(seconds[1:]))
 
     def most_at_once(self, task: Task) -> int:
@@ -178,7 +205,7 @@ class Worker:
             else:
                 left.append(task)
         while left:
-            at_once, left = left[: self._room], left[self._room :]
+            at_once, left = left[: self._room.edits], left[self._room.edits :]
             for task, result in zip(at_once, self._edited(at_once), strict=True):
                 if isinstance(result, EditResult):
                     self.store.write_result(task.key, _files(result, task))
@@ -246,30 +273,14 @@ class Worker:
     def _edit(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError]:
         for steps in {task.lora_steps for task in tasks if len(task.lora_steps) > 1}:
             samples = [task.subject.sample for task in tasks if task.lora_steps == steps]
-            with self._measured(editor):
+            with self._room.measured(editor):
                 editor.share_loras(samples, steps)
         model = editor.config.model  # with this worker's device
         requests = [
             Request(task.subject.sample, dataclasses.replace(task.config, model=model)) for task in tasks if task.config
         ]
-        with self._measured(editor):
+        with self._room.measured(editor):
             return editor.edit_batch(requests)
-
-    @contextmanager
-    def _measured(self, editor: Editor) -> Iterator[None]:
-        """Finds out how many edits fit into the GPU's memory, from the most that one has needed."""
-        device = editor.backbone.device
-        if self.study.batch or device.type != "cuda":
-            yield
-            return
-        before = torch.cuda.memory_allocated(device)
-        yield
-        if editor.ran_together:
-            needed = (torch.cuda.max_memory_allocated(device) - before) / editor.ran_together
-            self._needed = max(self._needed, needed)
-            held = torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-            self._room = int(min(MOST, max(1, SHARE * free / self._needed)))
 
     def _configured(self, config: Config) -> Editor:
         if self.device and config.model.device == "auto":
