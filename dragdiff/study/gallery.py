@@ -92,7 +92,7 @@ class _Cells:
         """The pictures of a cell: one for each seed, where they differ."""
         plan = self.data.plan
         by_key: dict[str, Json] = {}
-        for seed in plan.study.seeds[:1] if variant.baseline else plan.study.seeds:
+        for seed in plan.seeds(variant):
             place = (variant.name, subject.name, seed)
             key = plan.keys[place]
             if key in by_key:

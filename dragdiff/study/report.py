@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dragdiff import methods
-from dragdiff.aliases import Json, Report
+from dragdiff.aliases import Report
 from dragdiff.config import StudyConfig, load_study, to_yaml
 from dragdiff.errors import UserError
 from dragdiff.metrics.statistics import LEVEL, RESAMPLES
 from dragdiff.metrics.suite import COLUMNS
-from dragdiff.study import gallery, plots
+from dragdiff.options import as_it_stands, merged
+from dragdiff.study import gallery, plots, sheets
 from dragdiff.study.plan import SCENES, Plan, Variant, config_of, show
-from dragdiff.study.store import RESULT, Store
+from dragdiff.study.store import Store
 from dragdiff.study.table import ALL, Measured, measured, number, summary, title
 
 if TYPE_CHECKING:
@@ -65,23 +66,10 @@ def find_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
     if overrides:
         raise UserError(f"{study!r} has its settings: leave out {overrides[0]!r}, or give the study's YAML file")
     try:
-        settings = _filled(StudyConfig(), facts["settings"])
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{study}/study.json is of another version: give the study's YAML file") from error
+        settings = merged(StudyConfig, [(as_it_stands(facts["settings"]), f"in {study}/study.json")])
+    except UserError as error:  # of another version
+        raise UserError(f"{error}; give the study's YAML file") from error
     return dataclasses.replace(settings, name=name, results=results)
-
-
-def _filled(config: Any, values: Json) -> Any:
-    """A config with other values, as `dataclasses.asdict` gives them."""
-    parts = {key: getattr(config, key, None) for key in values}
-    return dataclasses.replace(
-        config,
-        **{key: _filled(parts[key], value) if _is_section(parts[key]) else value for key, value in values.items()},
-    )
-
-
-def _is_section(value: object) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Report = lambda *_: None) -> list[str]:
@@ -109,7 +97,7 @@ def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Rep
         )
     categories = sorted({subject.category for subject in plan.subjects})
     table = summary(data, categories=[ALL, *(categories if len(categories) > 1 else ())])
-    ways = _ways(plan, store)
+    ways = plots.read_ways(plan, store)
     pictures = plots.draw(data, table[table["category"] == ALL], ways)
     files = {
         "report.md": _markdown(data, table, list(pictures), _unavailable(plan, store), brief).encode(),
@@ -145,13 +133,6 @@ def portable(study: StudyConfig) -> StudyConfig:
     path = study.data.path
     data = dataclasses.replace(study.data, path=Path(path).name if Path(path).expanduser().is_absolute() else path)
     return dataclasses.replace(study, **here, data=data)
-
-
-def _ways(plan: Plan, store: Store) -> dict[tuple[str, str, int], np.ndarray]:
-    """Of each edit (variant, sample, seed) by a model, the way of its handles (K, N, 2), (x, y) px of the image."""
-    facts = store.read_jsons([f"results/{key}/{RESULT}" for key in set(plan.keys.values())])
-    ways = {path.split("/")[1]: fact["trajectory"] for path, fact in facts.items() if fact.get("trajectory")}
-    return {place: np.array(ways[key], float) for place, key in plan.keys.items() if key in ways}
 
 
 def _unavailable(plan: Plan, store: Store) -> dict[str, str]:
@@ -231,7 +212,7 @@ def _how(data: Measured) -> str:
 
 def _methods(plan: Plan) -> str:
     """Which methods the variants are, with their papers."""
-    edits = [config_of(plan.study, variant, plan.study.seeds[0]) for variant in plan.variants if not variant.baseline]
+    edits = [config_of(plan.study, variant, plan.study.seeds[0]) for variant in sheets.edits(plan)]
     found = [methods.find(name) for name in dict.fromkeys(edit.method for edit in edits)]
     papers = ", ".join(f"{method.name} (arXiv {method.paper})" for method in found)
     return f"Method{'s' if len(found) > 1 else ''}: {papers}."
@@ -246,20 +227,12 @@ def _what_was_run(data: Measured) -> list[str]:
     lost = data.failures[data.failures["seed"] != ""]
     failed = Counter(lost["variant"][lost["reason"] != ""])
     missing = Counter(lost["variant"][lost["reason"] == ""])
-    named = any(not variant.baseline and text(variant.name) != _settings(variant) for variant in plan.variants)
+    named = any(text(variant.name) != _settings(variant) for variant in sheets.edits(plan))
     rows = []
     for variant in plan.variants:
-        total = len(plan.subjects) * (1 if variant.baseline else len(plan.study.seeds))
-        done = total - failed[variant.name] - missing[variant.name]
-        rows.append(
-            (
-                text(variant.name),
-                *([_settings(variant)] if named else ()),
-                done,
-                failed[variant.name],
-                missing[variant.name],
-            )
-        )
+        name, total = variant.name, len(plan.subjects) * len(plan.seeds(variant))
+        counts = (total - failed[name] - missing[name], failed[name], missing[name])
+        rows.append((text(name), *([_settings(variant)] if named else ()), *counts))
     done, bad, left = (sum(int(row[place]) for row in rows) for place in (-3, -2, -1))
     state = "" if not left else " **The study is not finished.**"
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dragdiff import methods
+from dragdiff.aliases import Report
 from dragdiff.config import MetricsConfig
 from dragdiff.errors import UserError, WorkerDied, one_line
 from dragdiff.metrics.suite import COLUMNS, metric_key
@@ -23,7 +24,6 @@ from dragdiff.study.table import ordered_path
 from dragdiff.study.worker import Outcome, missing_scores, record_failure
 
 SHOWN = 10  # failures that are listed at the end
-Report = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 
 @dataclass
