@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError
+from dragdiff.moved import tell_moved
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+tell_moved(__name__)
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # peft's name endings
 NO_ADAPTER = "__base__"  # peft's name for it
 
