@@ -21,7 +21,6 @@ from dragdiff.modules.images import to_uint8
 from dragdiff.stages.sources import Level, Reference
 
 PREVIEW_LATENT = 32  # previews are decoded from a latent of at most this side
-ON_THE_WAY = ("", "steps")  # reasons to stop after which an edit may be dragged on, at another level
 
 
 def drag(
@@ -51,7 +50,7 @@ def drag(
     """
     every = Latent(start) if isinstance(start, Tensor) else start
     values = [value.detach() for value in every.values]
-    moving = [number for number, edit in enumerate(job.edits) if edit.stop_reason in ON_THE_WAY]
+    moving = [number for number, edit in enumerate(job.edits) if not edit.through]
     if not moving:
         return torch.cat(values)
     variable = every if len(moving) == len(job.edits) else every.only(moving)
