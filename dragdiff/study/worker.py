@@ -312,14 +312,10 @@ class Worker:
         return scores
 
 
-def pooled_metrics(settings: MetricsConfig) -> list[str]:
-    """The metrics whose value for an edit depends on nothing but the edit."""
-    return [name for name in settings.names if not (name == "distance" and settings.ordered)]
-
-
 def missing_scores(scores: Mapping[str, Values], settings: MetricsConfig) -> list[str]:
-    """The metrics for which a result has no scores yet."""
-    return [name for name in pooled_metrics(settings) if metric_key(name, settings) not in scores]
+    """The metrics for which a result has no scores yet, those apart that depend on other edits, too."""
+    own = [name for name in settings.names if not (name == "distance" and settings.ordered)]
+    return [name for name in own if metric_key(name, settings) not in scores]
 
 
 def record_failure(store: Store, task: Task, reason: str, details: str = "") -> None:
