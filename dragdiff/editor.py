@@ -53,8 +53,6 @@ class Editor:
         >>> editor = Editor(config, backbone=StableDiffusion(pipeline))               # doctest: +SKIP
 
     Attributes:
-        config: the settings.
-        backbone: the loaded model.
         report: called after each step of each stage.
         autocast: mixed precision of what is optimised: "none", "fp16" or "bf16".
         ran_together: edits of the last batch, or pictures whose LoRAs were trained.
@@ -63,9 +61,7 @@ class Editor:
     def __init__(self, config: Config, backbone: Diffusion | None = None, *, report: Report | None = None) -> None:
         """
         Args:
-            config: the settings; checked here.
             backbone: a loaded model; None loads the one that the config names.
-            report: called after each step of each stage.
 
         Raises:
             UserError: bad settings, or no such model.
@@ -308,9 +304,6 @@ class Editor:
     def reconfigured(self, config: Config, *, report: Report | None = None) -> Editor:
         """An editor with other settings, but the same model, `config.model` notwithstanding, and what it has in memory.
 
-        Args:
-            report: in place of this editor's.
-
         Raises:
             UserError: bad settings.
         """
@@ -348,9 +341,6 @@ class OneModel:
 
     def editor(self, config: Config, *, report: Report | None = None) -> Editor:
         """An editor with these settings, whose model is loaded where another one is.
-
-        Args:
-            report: as for `Editor`.
 
         Raises:
             UserError: bad settings, or no such model.

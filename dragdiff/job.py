@@ -182,6 +182,9 @@ class Job:
     def stage(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
         """Times a stage and reports its steps.
 
+        Args:
+            total: steps at most.
+
         Yields:
             What is told the steps done, and a note.
         """

@@ -224,11 +224,7 @@ def hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) -> 
 
 
 def _ask_hub(name: str, revision: str) -> None:
-    """Whether the hub answers and has the model.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises a UserError where the hub does not answer or has no such model."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

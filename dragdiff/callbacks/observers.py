@@ -72,13 +72,9 @@ class Frames(DragCallback):
 
 
 class LoRAProgress(L.Callback):
-    """Reports the finished steps of a LoRA's training, with the loss."""
+    """Reports the finished steps of a LoRA's training, with the loss, to `advance`."""
 
     def __init__(self, advance: Callable[[int, str], None]) -> None:
-        """
-        Args:
-            advance: told steps done, and a note.
-        """
         self.advance = advance
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
@@ -94,7 +90,6 @@ class DragProgress(L.Callback):
     ) -> None:
         """
         Args:
-            advance: told steps done, and a note.
             px_per_grid: image px per grid px of each drag.
         """
         self.advance, self.drags, self.px_per_grid = advance, drags, px_per_grid

@@ -60,13 +60,9 @@ def peft_config(lora: LoRA) -> LoraConfig:
 
 
 class Rows:
-    """Which adapter each row of a network's batches has: row r that of picture `pictures[r % len(pictures)]`."""
+    """Which of the pictures' adapters a batch's rows have: row r that of the picture `pictures[r % len(pictures)]`."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """
-        Args:
-            names: of each picture's adapter.
-        """
         self.names = list(names)
         self.pictures: Sequence[int] = range(len(names))
 
@@ -194,7 +190,12 @@ def _parameters(network: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def extract(weights: Mapping[str, Tensor], *, scale: float) -> LoRA:
-    """A LoRA from weights named as by `parameters` (copies)."""
+    """A LoRA from copies of its weights.
+
+    Args:
+        weights: by peft's names, `<path>.lora_A.weight` (rank, in) and `<path>.lora_B.weight` (out, rank).
+        scale: of every update, alpha / rank.
+    """
     down, up = (
         {name.removesuffix(end): value.detach().clone() for name, value in weights.items() if name.endswith(end)}
         for end in (DOWN, UP)

@@ -101,7 +101,11 @@ def _forward(job: Job, level: Level, edits: Sequence[Edit]) -> Forward:
 
 @torch.no_grad()
 def bottleneck(job: Job, level: Level, latents: Tensor) -> Bottleneck:
-    """The output of the network's bottleneck for the edits' latents (E, C, h, w), to be optimised in their place."""
+    """The output of the network's bottleneck for the edits' latents, to be optimised in their place.
+
+    Args:
+        latents: (E, C, h, w), at the level.
+    """
     model, pictures = job.model, [edit.picture for edit in job.edits]
     _, (values,) = job.denoiser.with_features(
         latents, level.t, pictures, names=[model.bottleneck], need_output=False, guided=False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,8 +106,9 @@ def _distance_by_step(plan: Plan, ways: Ways) -> Figure | None:
         figure, panels = sheets.new_panels(len(facets), 3.2, 2.6, sharex=True, sharey=True)
     else:
         figure, panels = sheets.new_panel(7.5, max(3.8, _height(facets[""])))
+    styles = list(itertools.product(sheets.DASHES, sheets.COLOURS))
     for panel, (heading, lines) in zip(panels, facets.items(), strict=True):
-        for (label, name), (dashes, colour) in zip(lines.items(), _line_styles(), strict=False):
+        for (label, name), (dashes, colour) in zip(lines.items(), itertools.cycle(styles), strict=False):
             panel.plot(curves[name], label=label, linewidth=1.5, linestyle=dashes, color=colour)
         panel.set_title(heading)
         panel.set_xlabel("optimiser step")
@@ -138,11 +139,6 @@ def _facets(plan: Plan) -> tuple[dict[str, dict[str, str]], str]:
     for variant in variants:
         series[f"{facet}={show(variant.settings[facet])}"][show(variant.settings[key])] = variant.name
     return series, key
-
-
-def _line_styles() -> Iterator[tuple[str, str]]:
-    """Dashes and colours."""
-    return itertools.cycle(itertools.product(sheets.DASHES, sheets.COLOURS))
 
 
 # ------------------------------------------------------------------------------------------- fidelity and distance

@@ -101,7 +101,7 @@ def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Rep
     pictures = plots.draw(data, table[table["category"] == ALL], ways)
     files = {
         "report.md": _markdown(data, table, list(pictures), _unavailable(plan, store), brief).encode(),
-        "study.yaml": to_yaml(portable(plan.study)).encode(),
+        "study.yaml": to_yaml(_portable(plan.study)).encode(),
         "summary.csv": _csv(table),
         **pictures,
     }
@@ -126,7 +126,7 @@ def check_packages() -> None:
             raise UserError(f"reports need {package}: pip install 'dragdiff[study]'") from error
 
 
-def portable(study: StudyConfig) -> StudyConfig:
+def _portable(study: StudyConfig) -> StudyConfig:
     """The study without what belongs to the machine that ran it."""
     usual = StudyConfig()
     here = {key: getattr(usual, key) for key in PLACE}
@@ -158,10 +158,10 @@ def _markdown(
 ) -> str:
     plan = data.plan
     means: Means = {(row.category, row.column, row.variant): row for row in table.itertuples()}
-    reference = text(plan.reference)
-    parts = [f"# {text(plan.study.name)}"]
+    reference = _text(plan.reference)
+    parts = [f"# {_text(plan.study.name)}"]
     if plan.study.question:
-        parts.append(f"**Question:** {text(plan.study.question)}")
+        parts.append(f"**Question:** {_text(plan.study.question)}")
     parts += [
         *_what_was_run(data),
         "## Means",
@@ -191,7 +191,7 @@ def _markdown(
             parts += [f"## {heading}", f"![{heading}]({picture})", caption]
     parts += _failures(data)
     if unavailable:
-        rows = [(text(name), text(reason)) for name, reason in unavailable.items()]
+        rows = [(_text(name), _text(reason)) for name, reason in unavailable.items()]
         parts += ["## Metrics that could not be had", _rows(("metric", "reason"), rows)]
     parts += _files(plan, brief)
     return "\n\n".join(parts) + "\n"
@@ -222,23 +222,23 @@ def _what_was_run(data: Measured) -> list[str]:
     plan = data.plan
     categories = Counter(subject.category for subject in plan.subjects)
     seeds = ", ".join(map(str, plan.study.seeds))
-    samples = ", ".join(f"{count} {text(name)}" for name, count in sorted(categories.items()))
-    source = "procedural scenes" if plan.study.data.path == SCENES else text(Path(plan.study.data.path).name)
+    samples = ", ".join(f"{count} {_text(name)}" for name, count in sorted(categories.items()))
+    source = "procedural scenes" if plan.study.data.path == SCENES else _text(Path(plan.study.data.path).name)
     lost = data.failures[data.failures["seed"] != ""]
     failed = Counter(lost["variant"][lost["reason"] != ""])
     missing = Counter(lost["variant"][lost["reason"] == ""])
-    named = any(text(variant.name) != _settings(variant) for variant in sheets.edits(plan))
+    named = any(_text(variant.name) != _settings(variant) for variant in sheets.edits(plan))
     rows = []
     for variant in plan.variants:
         name, total = variant.name, len(plan.subjects) * len(plan.seeds(variant))
         counts = (total - failed[name] - missing[name], failed[name], missing[name])
-        rows.append((text(name), *([_settings(variant)] if named else ()), *counts))
+        rows.append((_text(name), *([_settings(variant)] if named else ()), *counts))
     done, bad, left = (sum(int(row[place]) for row in rows) for place in (-3, -2, -1))
     state = "" if not left else " **The study is not finished.**"
     return [
         f"{len(plan.subjects)} samples of {source} ({samples}), seed{'s' if len(plan.study.seeds) > 1 else ''} "
         f"{seeds}. Of {done + bad + left} edits {done} are measured, {bad} failed, {left} are missing.{state} "
-        f"The variants are compared with {text(plan.reference)}. {_methods(plan)}",
+        f"The variants are compared with {_text(plan.reference)}. {_methods(plan)}",
         "## What was run",
         _rows(("variant", *(["settings"] if named else ()), "measured", "failed", "missing"), rows),
     ]
@@ -247,7 +247,7 @@ def _what_was_run(data: Measured) -> list[str]:
 def _settings(variant: Variant) -> str:
     if variant.baseline:
         return "baseline"
-    return text(", ".join(f"{key}={show(value)}" for key, value in variant.settings.items())) or "default"
+    return _text(", ".join(f"{key}={show(value)}" for key, value in variant.settings.items())) or "default"
 
 
 def _means(plan: Plan, means: Means, columns: Sequence[str]) -> str:
@@ -257,7 +257,7 @@ def _means(plan: Plan, means: Means, columns: Sequence[str]) -> str:
         counts = sorted({row.images for row in found})
         images = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
         rows.append(
-            (text(variant.name), images, *(_interval(row.column, row.value, row.low, row.high) for row in found))
+            (_text(variant.name), images, *(_interval(row.column, row.value, row.low, row.high) for row in found))
         )
     return _rows(("variant", "images", *map(title, columns)), rows)
 
@@ -273,7 +273,7 @@ def _differences(plan: Plan, means: Means, columns: Sequence[str]) -> str:
             cell = _interval(column, row.difference, row.difference_low, row.difference_high, "+")
             apart = row.difference_low > 0 or row.difference_high < 0
             cells.append(f"**{cell}**" if apart else cell)
-        rows.append((text(variant.name), *cells))
+        rows.append((_text(variant.name), *cells))
     return _rows(("variant", *map(title, columns)), rows)
 
 
@@ -281,8 +281,8 @@ def _by_category(plan: Plan, means: Means, column: str, categories: Sequence[str
     rows = []
     for variant in plan.variants:
         found = [means[category, column, variant.name] for category in categories]
-        rows.append((text(variant.name), *(_interval(column, row.value, row.low, row.high) for row in found)))
-    return _rows(("variant", *map(text, categories)), rows)
+        rows.append((_text(variant.name), *(_interval(column, row.value, row.low, row.high) for row in found)))
+    return _rows(("variant", *map(_text, categories)), rows)
 
 
 def _interval(column: str, value: float, low: float, high: float, sign: str = "-") -> str:
@@ -297,19 +297,19 @@ def _failures(data: Measured) -> list[str]:
     edits = lost[lost["seed"] != ""]
     rows = []
     for (reason, variant), group in edits.groupby(["reason", "variant"], sort=True):
-        rows.append((text(reason), text(variant), len(group), _some(sorted(set(group["sample"])))))
+        rows.append((_text(reason), _text(variant), len(group), _some(sorted(set(group["sample"])))))
     parts = ["## Failures"]
     if rows:
         parts.append(_rows(("reason", "variant", "edits", "samples"), rows))
     if data.plan.broken:
-        broken = [(text(name), text(reason)) for name, reason in sorted(data.plan.broken)]
+        broken = [(_text(name), _text(reason)) for name, reason in sorted(data.plan.broken)]
         parts += ["Samples that could not be read:", _rows(("sample", "reason"), broken)]
     return parts
 
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return text(", ".join(names[:LISTED])) + more
+    return _text(", ".join(names[:LISTED])) + more
 
 
 def _files(plan: Plan, brief: bool) -> list[str]:
@@ -331,6 +331,6 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def text(value: str) -> str:
+def _text(value: str) -> str:
     """Any text as Markdown that shows it as it is, on one line, also in a table."""
     return re.sub(r"([\\`*\[\]<>|~$&#!]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(value.split()))

@@ -117,9 +117,10 @@ class Worker:
         return self._metrics().unavailable
 
     def pace(self, task: Task) -> float | None:
-        """Seconds that a forward of the denoiser takes for the picture of a task, median of a few. Loads the model.
+        """What a forward of the denoiser takes for the picture of a task. Loads the model.
 
-        None where that picture can't be had or is too large: then its edit will say so.
+        Returns:
+            Seconds, median of a few; None where the picture can't be had or is too large: its edit will say so.
         """
         assert task.config is not None
         editor = self._configured(task.config)
@@ -181,7 +182,14 @@ class Worker:
         return Outcome(task.key, scores)
 
     def distances_in_order(self, edits: list[tuple[Subject, str]]) -> dict[str, Values]:
-        """Mean distance with one noise generator for all edits (samples and their results' keys), by sample."""
+        """Mean distance with one noise generator for all edits.
+
+        Args:
+            edits: samples and their results' keys, in the order in which noise is drawn.
+
+        Returns:
+            By sample, px; those without a picture apart.
+        """
         suite = Suite(self._metrics().settings, ["distance"])  # its generator begins anew
         found: dict[str, Values] = {}
         with _threads(self.study.threads):
@@ -251,11 +259,7 @@ class Worker:
         return [result for task in tasks for result in self._edited([task])]
 
     def _check_gpu(self) -> None:
-        """Whether the GPU works, if there is one: where it does not, every edit would fail.
-
-        Raises:
-            DeviceLost: it does not.
-        """
+        """Raises DeviceLost where the GPU, if there is one, does not work: every edit would fail."""
         if not (self.device.startswith("cuda") or torch.cuda.is_initialized()):
             return
         try:
