@@ -188,7 +188,7 @@ class Worker:
             edits: samples and their results' keys, in the order in which noise is drawn.
 
         Returns:
-            By sample, px; those without a picture apart.
+            By sample its values by column; those without a picture apart.
         """
         suite = Suite(self._metrics().settings, ["distance"])  # its generator begins anew
         found: dict[str, Values] = {}
