@@ -92,17 +92,9 @@ def trainable(
     from peft import LoraConfig
 
     paths = [name for name, module in network.named_modules() if _is_target(name, module, targets)]
-
-    def config() -> LoraConfig:
-        return LoraConfig(
-            r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]
-            target_modules=paths,
-            init_lora_weights="gaussian",
-        )
-
     names = [f"picture_{number}" for number in range(pictures)]
-    with _injected(network, {name: config() for name in names}, seed=seed):
+    own: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": paths, "init_lora_weights": "gaussian"}
+    with _injected(network, {name: LoraConfig(**own) for name in names}, seed=seed):
         weights = [_parameters(network, name) for name in names]
         for parameter in [parameter for own in weights for parameter in own.values()]:
             parameter.requires_grad_(True)  # peft wants one for those of the active adapter alone
