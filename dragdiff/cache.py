@@ -107,10 +107,11 @@ class StageCache:
         self.folder, self.limit = folder, limit
 
     def find(self, key: str, *, load: Callable[[Path], T]) -> T | None:
-        """The entry of that key, loaded; None if there is none, one that can't be read, or a damaged one, which is
-        removed.
+        """The entry of that key.
 
-        One that is evicted while it is read is none, silently.
+        Returns:
+            It, loaded; None if there is none, also where it is evicted meanwhile, one that can't be read, or a damaged
+            one, which is removed.
         """
         if self.folder is None:
             return None

@@ -34,10 +34,9 @@ def check_settings(config: Config, model: Structure | Diffusion | None = None) -
         strategy("drag.tracker", config.drag.tracker, tracking.TRACKERS)
     if model is None:
         return
-    points = model.features if hasattr(model, "features") else model.feature_strides
     for name in config.drag.features if config.reads("drag.features") else ():
-        if name not in points:
-            raise UserError(f"drag.features names {name!r}: the model has {', '.join(points)}")
+        if name not in model.feature_strides:
+            raise UserError(f"drag.features names {name!r}: the model has {', '.join(model.feature_strides)}")
     if config.control.enabled and config.reads("control.start_layer"):
         layers_from(model.self_attention_layers, config.control.start_layer)
 

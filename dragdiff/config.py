@@ -22,6 +22,7 @@ from dragdiff import methods
 from dragdiff.aliases import Json
 from dragdiff.errors import UserError
 from dragdiff.methods.method import Method
+from dragdiff.moved import tell_moved
 from dragdiff.options import (
     Layer,
     Values,
@@ -38,6 +39,7 @@ from dragdiff.options import (
     within,
 )
 
+tell_moved(__name__)
 T = TypeVar("T")
 # What stands in for an overlay when none is named: the first run needs no download.
 DEFAULT_OVERLAY = "embedded"

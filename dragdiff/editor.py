@@ -54,8 +54,6 @@ class Editor:
         >>> editor = Editor(config, backbone=StableDiffusion(pipeline))               # doctest: +SKIP
 
     Attributes:
-        config: the settings.
-        backbone: the loaded model.
         report: called after each step of each stage.
         autocast: mixed precision of what is optimised: "none", "fp16" or "bf16".
         ran_together: edits of the last batch, or pictures whose LoRAs were trained.
@@ -71,11 +69,9 @@ class Editor:
     ) -> None:
         """
         Args:
-            config: the settings; checked here.
             backbone: a loaded model; None loads the one that the config names.
             method: one of your own, in place of the config's; then sections that each method has values of its own for
                 are at this one's.
-            report: called after each step of each stage.
 
         Raises:
             UserError: bad settings, or no such model.
@@ -329,9 +325,6 @@ class Editor:
     def reconfigured(self, config: Config, *, report: Report | None = None) -> Editor:
         """An editor with other settings, but the same model, `config.model` notwithstanding, and what it has in memory.
 
-        Args:
-            report: in place of this editor's.
-
         Raises:
             UserError: bad settings.
         """
@@ -369,9 +362,6 @@ class OneModel:
 
     def editor(self, config: Config, *, report: Report | None = None) -> Editor:
         """An editor with these settings, whose model is loaded where another one is.
-
-        Args:
-            report: as for `Editor`.
 
         Raises:
             UserError: bad settings, or no such model.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,15 +17,16 @@ from torch import Tensor
 
 from dragdiff import cache
 from dragdiff.aliases import Report
-from dragdiff.backbones.diffusion import Condition, Diffusion
 from dragdiff.callbacks import Frames, Trajectory, Watch
-from dragdiff.config import Config
-from dragdiff.data.sample import EditSample
 from dragdiff.errors import NothingLeft, UserError
-from dragdiff.modules.points import Points, to_image
+from dragdiff.modules.points import to_image
 
 if TYPE_CHECKING:
+    from dragdiff.backbones.diffusion import Condition, Diffusion
+    from dragdiff.config import Config
+    from dragdiff.data.sample import EditSample
     from dragdiff.modules.denoiser import Denoiser
+    from dragdiff.modules.points import Points
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ class Edit:
     steps: int = 0
     stop_reason: str = ""
 
+    @property
+    def through(self) -> bool:
+        """Whether its drag is over for good; else it has only done all updates of a level, and may go on at another."""
+        return self.stop_reason not in ("", "steps")
+
     def to_px(self, positions: Sequence[Tensor]) -> np.ndarray:
         """Handles on the grid, one (N, 2) for each of K steps, as (K, N, 2), (x, y) in px of the sample."""
         size = self.sample.image.shape[:2]
@@ -172,6 +177,9 @@ class Job:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
         """Times a stage and reports its steps.
+
+        Args:
+            total: steps at most.
 
         Yields:
             What is told the steps done, and a note.
@@ -230,12 +238,3 @@ class Job:
             f"{self.config.model.dtype} and autocast {self.autocast} the model overflows; "
             "use model.dtype=fp32 model.autocast=none"
         )
-
-
-def replaced_picture(edit: Edit, image: np.ndarray) -> None:
-    """Give an edit another source picture.
-
-    Args:
-        image: (H, W, 3) uint8, of the size of the one before.
-    """
-    edit.sample = edit.working = dataclasses.replace(edit.sample, image=image)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,20 +62,16 @@ def open_logger(config: Config, *, name: str, folder: Path) -> Iterator[Logger |
         finally:
             logger.save()
     else:
-        with _wandb_run(config, name, folder) as run:
+        tags = wandb_tags(config)
+        with wandb_run(
+            config.logger,
+            folder,
+            name=name,
+            group=config.logger.group or "-".join(tags),
+            tags=[*tags, *config.logger.tags],
+            config=dataclasses.asdict(config),
+        ) as run:
             yield _tolerant_logger(run)
-
-
-def _wandb_run(config: Config, name: str, folder: Path) -> AbstractContextManager[Run]:
-    tags = wandb_tags(config)
-    return wandb_run(
-        config.logger,
-        folder,
-        name=name,
-        group=config.logger.group or "-".join(tags),
-        tags=[*tags, *config.logger.tags],
-        config=dataclasses.asdict(config),
-    )
 
 
 def wandb_tags(config: Config) -> list[str]:
@@ -139,8 +135,7 @@ def _starting() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # W&B's own, and whatever the network raises
-        reason = one_line(error)
-        raise UserError(f"W&B did not start: {reason}; {MENDING}") from error
+        raise UserError(f"W&B did not start: {one_line(error)}; {MENDING}") from error
 
 
 def _tolerant_logger(run: Run) -> Logger:

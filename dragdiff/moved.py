@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from typing import NoReturn
 
 MODULES = {
     "dragdiff.callbacks.tracking": "dragdiff.callbacks.point_tracking",
@@ -19,6 +21,23 @@ MODULES = {
     "dragdiff.study.tracking": "dragdiff.study.wandb_runs",
     "dragdiff.ui.worker": "dragdiff.ui.process",
 }
+
+NAMES = {  # by the module that they have left
+    "dragdiff.config": ("dragdiff.options", ("Check", "describe", "nearest_key", "walk")),
+    "dragdiff.modules.lora": ("dragdiff.backbones.lora_file", ("FILE_NAME", "file_of", "load", "save")),
+}
+
+
+def tell_moved(module: str) -> None:
+    """From now on an import of a name of `NAMES` from this module says where it is."""
+    home, names = NAMES[module]
+
+    def missing(name: str) -> NoReturn:
+        if name in names:  # no AttributeError, in whose place Python would say less
+            raise ImportError(f"{module}.{name} has moved: it is {home}.{name} now", name=name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    vars(sys.modules[module])["__getattr__"] = missing
 
 
 class Moved(MetaPathFinder):

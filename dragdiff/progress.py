@@ -14,11 +14,7 @@ LINE_EVERY = 30.0  # s between lines of one stage where no bar can be drawn
 
 
 class Bars:
-    """One bar after the other on a terminal; elsewhere (a file, a pipe) a line at each stage's end, and now and then.
-
-    Attributes:
-        stage, done, total: where the run is.
-    """
+    """One bar after the other on a terminal; elsewhere (a file, a pipe) a line at each stage's end and now and then."""
 
     def __init__(self, unit: str = "step") -> None:
         self.unit = unit

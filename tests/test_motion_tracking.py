@@ -11,6 +11,7 @@ from conftest import METHODS, TRACES
 
 from dragdiff.modules import motion, tracking
 from dragdiff.modules.features import FeatureMap
+from dragdiff.modules.points import Points
 
 UNITS = np.load(TRACES / "units.npz")
 GOODDRAG = np.load(METHODS / "gooddrag.npz")
@@ -321,8 +322,8 @@ def test_handles_that_have_arrived_are_not_pulled_to_their_initial_patch():
 
 
 def test_distances():
-    found = motion.distances(torch.tensor([[0.0, 0.0], [2.0, 2.0]]), torch.tensor([[3.0, 4.0], [2.0, 2.0]]))
-    assert found.tolist() == [5, 0]
+    handles, targets = torch.tensor([[0.0, 0.0], [2.0, 2.0]]), torch.tensor([[3.0, 4.0], [2.0, 2.0]])
+    assert Points(handles, handles, targets, (8, 8)).left.tolist() == [5, 0]
 
 
 def test_mask_term_is_a_sum_where_nothing_may_change():

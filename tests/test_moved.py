@@ -1,4 +1,4 @@
-"""Names of modules that are gone: an import says where what was there is now."""
+"""Names of modules, and in modules, that are gone: an import says where what was there is now."""
 
 import importlib
 import importlib.util
@@ -23,6 +23,22 @@ def test_an_import_of_an_old_name_says_the_new_one(old):
 @pytest.mark.parametrize("new", sorted({name for text in moved.MODULES.values() for name in re.split(" and ", text)}))
 def test_a_new_name_is_one(new):
     assert importlib.util.find_spec(new) is not None
+
+
+@pytest.mark.parametrize(
+    "module, home, name", [(module, home, name) for module, (home, names) in moved.NAMES.items() for name in names]
+)
+def test_a_name_that_has_left_a_module_says_where_it_is(module, home, name):
+    with pytest.raises(ImportError, match=f"^{module}.{name} has moved: it is {home}.{name} now$") as caught:
+        exec(f"from {module} import {name}")
+    assert caught.value.name == name
+    assert hasattr(importlib.import_module(home), name)
+
+
+def test_another_name_is_missing_as_ever():
+    with pytest.raises(ImportError, match="cannot import name 'walks'"):
+        exec("from dragdiff.config import walks")
+    assert not hasattr(importlib.import_module("dragdiff.config"), "walks")
 
 
 def test_a_persons_own_script_is_told():

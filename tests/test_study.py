@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dragdiff import cli
 from dragdiff.backbones import lora_file
@@ -35,7 +38,7 @@ from dragdiff.study import executors, runner
 from dragdiff.study.plan import BASELINES, Plan, determinants, expand
 from dragdiff.study.store import Store, StoreError
 from dragdiff.study.table import measured
-from dragdiff.study.worker import Outcome, Worker
+from dragdiff.study.worker import Outcome, Room, Worker
 
 SAMPLES = Path(__file__).parent / "data" / "samples"
 
@@ -569,10 +572,9 @@ def test_mean_distance_in_the_files_order_as_the_published_script(file, tmp_path
             load_backbone(plan.study.metrics.distance),
             t=261, block="up_blocks.1", ensemble=2, variant="image", seed=42, ordered=True,
         )  # fmt: skip
-        worker = Worker(plan.study)
         for subject in plan.subjects:
-            task = next(t for t in plan.tasks if t.key == plan.keys[variant, subject.name, 42])
-            expected = metric.distances(subject.sample, worker._kept(task))
+            edited = store.read(f"results/{plan.keys[variant, subject.name, 42]}/edited.png")
+            expected = metric.distances(subject.sample, np.asarray(Image.open(io.BytesIO(edited))))
             np.testing.assert_allclose(data.values(variant, "distance")[subject.name], expected)
     assert store.files.exists(store.path("study", "ordered"))
     nowhere = f"metrics.distance.path={tmp_path / 'nowhere'}"
@@ -727,16 +729,16 @@ def test_order_and_number_of_workers_make_no_difference(file, tmp_path, monkeypa
     """The same bytes from one worker, from two processes, and from jobs and tasks in another order."""
     grid = {"drag.lr": [0.01, 0.05], "lora.steps": [1, 2]}
     path = file(grid=grid)
-    init = runner._Run.__init__
 
-    def shuffled(self, plan, store, jobs, summary, report):
-        for job in jobs:
-            random.Random(1).shuffle(job)
-        init(self, plan, store, jobs[::-1], summary, report)
+    def shuffled(study):
+        plan = expand(study)
+        jobs = [random.Random(1).sample(job, len(job)) for job in plan.jobs]
+        assert jobs != plan.jobs
+        return dataclasses.replace(plan, jobs=jobs[::-1])
 
     tables = []
-    for number, (workers, start) in enumerate(((1, init), (2, init), (1, shuffled))):
-        monkeypatch.setattr(runner._Run, "__init__", start)
+    for number, (workers, expanded) in enumerate(((1, expand), (2, expand), (1, shuffled))):
+        monkeypatch.setattr("dragdiff.study.plan.expand", expanded)
         apart = [f"results={tmp_path / str(number)}", f"settings.cache.folder={tmp_path / f'stages{number}'}"]
         assert cli.main(["study", str(path), f"workers={workers}", *apart]) == 0
         tables.append(scores_of(path, *apart))
@@ -848,7 +850,7 @@ def test_a_worker_whose_gpu_is_gone_dies_as_it_starts(file, monkeypatch, error):
     Worker(load_study(file())).ping()
 
 
-def test_a_worker_takes_as_many_edits_as_the_most_that_one_needed_lets(file, monkeypatch):
+def test_there_is_room_for_as_many_edits_as_the_most_that_one_needed_lets(monkeypatch):
     """A LoRA from the cache leaves no trace in an edit's peak."""
     gib, state = 2**30, {"held": 4, "peak": 0}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["held"] * gib)
@@ -858,22 +860,22 @@ def test_a_worker_takes_as_many_edits_as_the_most_that_one_needed_lets(file, mon
 
     def after(editor, *, count, peak, kept=0):
         state["held"] = 4
-        with worker._measured(editor):
+        with room.measured(editor):
             editor.ran_together = count
             state["held"], state["peak"] = 4 + kept, peak
-        return worker._room
+        return room.edits
 
-    worker = Worker(load_study(file()))
+    room = Room(0)
     editor = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda")))
     assert after(editor, count=1, peak=6) == 8  # 0.8 * 20 GiB by 2
     assert after(editor, count=2, peak=14) == 3  # 5 for each
     assert after(editor, count=0, peak=5) == 3  # nothing was done
     assert after(editor, count=4, peak=8) == 3  # from the cache
     assert after(editor, count=1, peak=100) == 1
-    fixed = Worker(load_study(file(), ["batch=2"]))
-    with fixed._measured(editor):
+    fixed = Room(2)
+    with fixed.measured(editor):
         editor.ran_together = 9
-    assert fixed._room == 2
+    assert fixed.edits == 2
 
 
 def test_a_process_whose_gpu_is_lost_counts_as_dead(file):
@@ -882,32 +884,45 @@ def test_a_process_whose_gpu_is_lost_counts_as_dead(file):
         worker.submit("ping").result()
 
 
-def test_no_two_workers_are_at_the_same_picture(file, tmp_path):
+def test_no_two_workers_are_at_the_same_picture(file, monkeypatch):
     """A batch reaches into other pictures' jobs; the rest of these waits until it is done."""
 
-    class Waiting:
-        def submit(self, method, *arguments):
-            return Future()
+    plan, done = plan_of(file(grid={"drag.lr": [0.01, 0.05], "ddim.steps": [4, 5]})), []
+    lock, at_work, most = threading.Lock(), [], []
 
-    plan = plan_of(file(grid={"drag.lr": [0.01, 0.05], "ddim.steps": [4, 5]}))
-    jobs = [[task for task in job if task.config] for job in plan.jobs]
-    run = runner._Run(plan, Store(plan.study.results), jobs, runner.Summary(len(plan.tasks)), lambda *_: None)
-    run.work, run.most = runner.amortised(plan.tasks), 3
-    run.places = {0: Waiting(), 1: Waiting(), 2: Waiting()}
-    given: list[str] = []
-    while run.jobs or run.busy:
-        for number in set(run.places) - {number for number, _, _ in run.busy.values()}:
-            run._next(number)
-        at_work = [{task.subject.name for task in tasks} for _, tasks, _ in run.busy.values()]
-        assert sum(map(len, at_work)) == len(set.union(*at_work))
-        future = next(iter(run.busy))
-        _, tasks, _ = run.busy[future]
-        given += [task.key for task in tasks]
-        assert len(tasks) <= 3 and len({repr(task.batch_key) for task in tasks}) == 1
-        future.set_result([Outcome(task.key) for task in tasks])
-        run.began, run.work_done = time.monotonic(), 0.0
-        run._settle(future, *run.busy.pop(future))
-    assert sorted(given) == sorted(task.key for job in jobs for task in job)
+    class Place:
+        """A worker that takes a moment."""
+
+        def submit(self, method, *arguments):
+            future = Future()
+            if method != "run":
+                future.set_result({"unavailable": {}, "most_at_once": 3}.get(method))
+                return future
+            (tasks,) = arguments
+            assert len(tasks) <= 3 and len({repr(task.batch_key) for task in tasks}) == 1
+            pictures = {task.subject.name for task in tasks}
+            with lock:
+                assert not pictures & set().union(*at_work)
+                at_work.append(pictures)
+                most.append(len(at_work))
+
+            def finish():
+                with lock:
+                    at_work.remove(pictures)
+                done.extend(task.key for task in tasks)
+                future.set_result([Outcome(task.key) for task in tasks])
+
+            threading.Timer(0.02, finish).start()
+            return future
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(runner, "open_workers", lambda study: nullcontext((3, lambda number: Place())))
+    summary = runner.run(plan)
+    assert summary.done == len(plan.tasks) and not summary.failed
+    assert sorted(done) == sorted(task.key for task in plan.tasks)
+    assert max(most) > 1
 
 
 def alive(pid: int) -> bool:

@@ -5,8 +5,9 @@ For networks whose attention modules have diffusers' processors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,36 +18,21 @@ from dragdiff.backbones.diffusion import States
 from dragdiff.errors import UserError
 
 
-class RecordedAttention:
-    """Delegates to the processor that it wraps; notes the hidden states from which keys and values come."""
+class DelegatingAttention:
+    """Delegates self-attention to the processor that it wraps; keys and values come from what `source` says.
 
-    def __init__(self, processor: Any, name: str, states: States) -> None:
-        self.processor, self.name, self.states = processor, name, states
+    Attributes:
+        source: told the hidden states (rows, tokens, channels) that enter; gives those in whose place, or None.
+    """
+
+    def __init__(self, processor: Any, source: Callable[[Tensor], Tensor | None]) -> None:
+        self.processor, self.source = processor, source
 
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kw: Any
     ) -> Tensor:
         if encoder_hidden_states is None:
-            self.states[self.name] = hidden_states
-        return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kw)
-
-
-class MutualSelfAttention:
-    """Delegates to the processor that it wraps, with the source's hidden states as keys and values."""
-
-    def __init__(self, processor: Any, name: str, states: States, where: Sequence[bool] | None) -> None:
-        self.processor, self.name, self.states, self.where = processor, name, states, where
-
-    def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kw: Any
-    ) -> Tensor:
-        if encoder_hidden_states is None and self.name in self.states:
-            encoder_hidden_states = self.states[self.name]
-            if self.where is not None and not all(self.where):
-                shared = torch.tensor(self.where, device=hidden_states.device).repeat(
-                    len(hidden_states) // len(self.where)
-                )
-                encoder_hidden_states = torch.where(shared[:, None, None], encoder_hidden_states, hidden_states)
+            encoder_hidden_states = self.source(hidden_states)
         return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kw)
 
 
@@ -58,7 +44,11 @@ def recorded(network: nn.Module, layers: Sequence[str]) -> Iterator[States]:
         UserError: as `mutual_self_attention`.
     """
     states: States = {}
-    with _processors(network, layers, lambda original, name: RecordedAttention(original, name, states)):
+
+    def note(name: str, hidden: Tensor) -> None:
+        states[name] = hidden
+
+    with _processors(network, layers, note):
         yield states
 
 
@@ -77,19 +67,29 @@ def mutual_self_attention(
     Raises:
         UserError: the model's attention projections are fused.
     """
-    with _processors(network, layers, lambda original, name: MutualSelfAttention(original, name, states, where)):
+
+    def source(name: str, hidden: Tensor) -> Tensor | None:
+        theirs = states.get(name)
+        if theirs is None or where is None or all(where):
+            return theirs
+        shared = torch.tensor(where, device=hidden.device).repeat(len(hidden) // len(where))
+        return torch.where(shared[:, None, None], theirs, hidden)
+
+    with _processors(network, layers, source):
         yield
 
 
 @contextmanager
-def _processors(network: nn.Module, layers: Sequence[str], wrapped: Any) -> Iterator[None]:
+def _processors(
+    network: nn.Module, layers: Sequence[str], source: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
     modules = [network.get_submodule(name) for name in layers]
     if any(getattr(module, "fused_projections", False) for module in modules):
         raise UserError("the model's attention projections are fused: call unfuse_qkv_projections() before editing")
     originals: list[Any] = [module.processor for module in modules]
     try:
         for name, module, original in zip(layers, modules, originals, strict=True):
-            module.set_processor(wrapped(original, name))  # type: ignore[operator]
+            module.set_processor(DelegatingAttention(original, partial(source, name)))  # type: ignore[operator]
         with eager(network):
             yield
     finally:

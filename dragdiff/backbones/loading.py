@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,11 +224,7 @@ def hub_folder(name: str, revision: str, *, needed: Sequence[str] = CONFIGS) -> 
 
 
 def _ask_hub(name: str, revision: str) -> None:
-    """Whether the hub answers and has the model.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises a UserError where the hub does not answer or has no such model."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -253,14 +249,9 @@ def _ask_hub(name: str, revision: str) -> None:
 
 @dataclass(frozen=True)
 class Structure:
-    """The names that settings use for parts of a model.
+    """The parts of a model that settings name; attributes as of `Diffusion`."""
 
-    Attributes:
-        features: feature points in execution order.
-        self_attention_layers: likewise.
-    """
-
-    features: Sequence[str]
+    feature_strides: Mapping[str, int]
     self_attention_layers: Sequence[str]
 
 
@@ -279,7 +270,7 @@ def structure(config: ModelConfig) -> Structure:
             unet = UNet2DConditionModel.from_config(_read_json(file))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} describes no UNet that can be built: {one_line(error)}") from error
-    return Structure(list(feature_strides(unet)), self_attention_layers(unet))
+    return Structure(feature_strides(unet), self_attention_layers(unet))
 
 
 def _quiet() -> None:

@@ -40,7 +40,11 @@ def family(file: Path) -> str:
 
 
 def load_pipeline(file: Path, *, dtype: torch.dtype, **parts: Any) -> Any:
-    """A diffusers `StableDiffusionPipeline`; `parts` replace components of the checkpoint."""
+    """A diffusers `StableDiffusionPipeline`; `parts` replace components of the checkpoint.
+
+    Raises:
+        UserError: as `family`.
+    """
     from diffusers import StableDiffusionPipeline
 
     kind = family(file)

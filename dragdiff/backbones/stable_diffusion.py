@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,9 @@ class StableDiffusion(Diffusion):
         return self.network(latents.to(dtype), t.to(self.device), **told).sample.float()
 
     def feature_block(self, name: str) -> nn.Module:
-        return feature_block(self.network, name)
+        if name not in self.feature_strides:
+            raise UserError(f"drag.features names {name!r}: the model has {', '.join(self.feature_strides)}")
+        return self.network.get_submodule(name)
 
     def recorded_attention(self, layers: Sequence[str]) -> AbstractContextManager[States]:
         return attention.recorded(self.network, layers)
@@ -181,9 +183,23 @@ def feature_strides(unet: Any) -> dict[str, int]:
 @contextmanager
 def gradient_checkpointing(unet: Any) -> Iterator[None]:
     """Activations are computed again for the backward (Chen et al. 2016, arXiv 1604.06174); put back on leaving."""
-    keys = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    before = [(module, {key: vars(module)[key] for key in keys if key in vars(module)}) for module in unet.modules()]
-    unet.enable_gradient_checkpointing()
+    with _restored(unet.modules(), ("gradient_checkpointing", "_gradient_checkpointing_func")):
+        unet.enable_gradient_checkpointing()
+        yield
+
+
+@contextmanager
+def freeu(unet: Any, *, b1: float, b2: float, s1: float, s2: float) -> Iterator[None]:
+    """FreeU (Si et al. 2023, arXiv 2309.11497) on a UNet; the state before is put back on leaving."""
+    with _restored(unet.up_blocks, FREEU):
+        unet.enable_freeu(b1=b1, b2=b2, s1=s1, s2=s2)
+        yield
+
+
+@contextmanager
+def _restored(modules: Iterable[nn.Module], keys: Sequence[str]) -> Iterator[None]:
+    """Attributes of modules are as before on leaving, and away where there were none."""
+    before = [(module, {key: vars(module)[key] for key in keys if key in vars(module)}) for module in modules]
     try:
         yield
     finally:
@@ -191,28 +207,6 @@ def gradient_checkpointing(unet: Any) -> Iterator[None]:
             for key in keys:
                 vars(module).pop(key, None)
             vars(module).update(values)
-
-
-@contextmanager
-def freeu(unet: Any, *, b1: float, b2: float, s1: float, s2: float) -> Iterator[None]:
-    """FreeU (Si et al. 2023, arXiv 2309.11497) on a UNet; the state before is put back on leaving."""
-    before = [{key: vars(block)[key] for key in FREEU if key in vars(block)} for block in unet.up_blocks]
-    unet.enable_freeu(b1=b1, b2=b2, s1=s1, s2=s2)
-    try:
-        yield
-    finally:
-        for block, values in zip(unet.up_blocks, before, strict=True):
-            for key in FREEU:
-                vars(block).pop(key, None)
-            vars(block).update(values)
-
-
-def feature_block(unet: Any, name: str) -> nn.Module:
-    """As `Diffusion.feature_block`, of a bare UNet."""
-    known = feature_strides(unet)
-    if name not in known:
-        raise UserError(f"drag.features names {name!r}: the model has {', '.join(known)}")
-    return unet.get_submodule(name)
 
 
 def self_attention_layers(unet: Any) -> list[str]:

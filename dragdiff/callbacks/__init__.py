@@ -1,7 +1,7 @@
 """Lightning callbacks: point tracking, which acts, and observers, which only watch."""
 
 from dragdiff.callbacks.base import DragCallback
-from dragdiff.callbacks.observers import DragProgress, Frames, LoRAProgress, Spectator, Trajectory, Watch
+from dragdiff.callbacks.observers import DragProgress, Frames, LoRAProgress, Trajectory, Watch
 from dragdiff.callbacks.point_tracking import PeriodicTracking, PointTracking
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "LoRAProgress",
     "PeriodicTracking",
     "PointTracking",
-    "Spectator",
     "Trajectory",
     "Watch",
 ]

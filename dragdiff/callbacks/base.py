@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import lightning as L
 from torch import Tensor
 
-from dragdiff.modules.features import FeatureMap
-
 if TYPE_CHECKING:
     from dragdiff.models.point_drag import Drag
+    from dragdiff.modules.features import FeatureMap
 
 
 class DragCallback(L.Callback):

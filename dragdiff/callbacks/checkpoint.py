@@ -18,12 +18,6 @@ class LoRACheckpoint(L.Callback):
     """
 
     def __init__(self, current: Callable[[], LoRA], folder: Path, *, every: int) -> None:
-        """
-        Args:
-            current: the LoRA as it is now.
-            folder: where the files go.
-            every: steps between files.
-        """
         self.current, self.folder, self.every = current, folder, every
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -41,14 +35,9 @@ class LoRACheckpoint(L.Callback):
 
 
 class LoRASnapshots(L.Callback):
-    """Says when each of the given numbers of steps is done."""
+    """Calls `keep` with each of the given numbers of steps once it is done."""
 
     def __init__(self, at: Collection[int], keep: Callable[[int], None]) -> None:
-        """
-        Args:
-            at: steps done.
-            keep: called with them.
-        """
         self.at, self.keep = at, keep
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dragdiff.callbacks.base import DragCallback
-from dragdiff.modules.features import FeatureMap
-from dragdiff.output import written
 
 if TYPE_CHECKING:
     from dragdiff.models.point_drag import Drag
-
+    from dragdiff.modules.features import FeatureMap
 
 # a drag step, the handles (N, 2) as (x, y) in px of the image, the preview (h, w, 3) uint8 if there is one of this step
 Watch = Callable[[int, np.ndarray, np.ndarray | None], None]
@@ -43,8 +39,7 @@ class Trajectory(DragCallback):
 
 
 class Frames(DragCallback):
-    """A cheap preview of the current latent every N steps: kept; with the points, written to disk and sent to loggers
-    that take pictures.
+    """Shows each step, every N steps with a cheap preview of the current latent, which is kept.
 
     Attributes:
         preview: (h, w, 3) uint8 of a latent (1, C, h, w); each drag has its own.
@@ -53,22 +48,13 @@ class Frames(DragCallback):
 
     preview: Callable[[Tensor], np.ndarray]
 
-    def __init__(
-        self,
-        *,
-        draw: Callable[[np.ndarray], Image.Image],
-        every: int,
-        folder: Path | None = None,
-        send: Callable[[Image.Image, int], None] = lambda picture, step: None,
-    ) -> None:
+    def __init__(self, show: Callable[[int, np.ndarray | None], None], *, every: int) -> None:
         """
         Args:
-            draw: lays the points over a preview.
-            every: steps; 0 = none.
-            folder: where they are written.
-            send: given each with its points, and its step.
+            show: given each step, and its preview (h, w, 3) uint8 if it has one.
+            every: steps; 0 = no previews.
         """
-        self.draw, self.every, self.folder, self.send = draw, every, folder, send
+        self.show, self.every = show, every
         self.frames: list[tuple[int, np.ndarray, Tensor]] = []
         self._picture: np.ndarray | None = None
 
@@ -79,52 +65,16 @@ class Frames(DragCallback):
             self._picture = self.preview(latent)
 
     def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
-        step, picture = drag.step, self._picture
-        self._picture = None
-        if picture is None:
-            return
-        self.frames.append((step, picture, drag.points.handles.clone()))
-        drawn = self.draw(picture)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with written(self.folder / f"{step:04d}.png") as file:
-                drawn.save(file)
-        self.send(drawn, step)
-
-
-class Spectator(DragCallback):
-    """Tells somebody outside of each step where the handles are, with the preview if there is one of this step."""
-
-    def __init__(
-        self,
-        watch: Watch,
-        trajectory: Trajectory,
-        frames: Frames,
-        *,
-        to_px: Callable[[Sequence[Tensor]], np.ndarray],
-    ) -> None:
-        """
-        Args:
-            watch: told.
-            trajectory, frames: observers that come before this one.
-            to_px: handles on the grid, one (N, 2) for each step, as (K, N, 2), (x, y) in px of the image.
-        """
-        self.watch, self.trajectory, self.frames, self.to_px = watch, trajectory, frames, to_px
-
-    def on_features(self, trainer: L.Trainer, drag: Drag, features: FeatureMap) -> None:
-        frames = self.frames.frames
-        preview = frames[-1][1] if frames and frames[-1][0] == drag.step else None
-        self.watch(drag.step, self.to_px(self.trajectory.positions)[-1], preview)
+        picture, self._picture = self._picture, None
+        if picture is not None:
+            self.frames.append((drag.step, picture, drag.points.handles.clone()))
+        self.show(drag.step, picture)
 
 
 class LoRAProgress(L.Callback):
-    """Reports the finished steps of a LoRA's training, with the loss."""
+    """Reports the finished steps of a LoRA's training, with the loss, to `advance`."""
 
     def __init__(self, advance: Callable[[int, str], None]) -> None:
-        """
-        Args:
-            advance: told steps done, and a note.
-        """
         self.advance = advance
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
@@ -140,7 +90,6 @@ class DragProgress(L.Callback):
     ) -> None:
         """
         Args:
-            advance: told steps done, and a note.
             px_per_grid: image px per grid px of each drag.
         """
         self.advance, self.drags, self.px_per_grid = advance, drags, px_per_grid

@@ -8,11 +8,11 @@ import lightning as L
 import torch
 
 from dragdiff.callbacks.base import DragCallback
-from dragdiff.modules.features import FeatureMap
-from dragdiff.modules.tracking import Tracker
 
 if TYPE_CHECKING:
     from dragdiff.models.point_drag import Drag
+    from dragdiff.modules.features import FeatureMap
+    from dragdiff.modules.tracking import Tracker
 
 
 class PointTracking(DragCallback):

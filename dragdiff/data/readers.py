@@ -211,9 +211,10 @@ def find_samples(path: FilePath) -> list[Path]:
 
 
 def sample_names(folders: Sequence[Path], root: FilePath) -> list[str]:
-    """A name for each folder, unique in the list: its path below ``root``, joined by "-".
-
-    ``root`` itself gets its own name. Should two names be equal, the later gets a number at its end.
+    """
+    Returns:
+        A name for each folder, unique in the list: its path below ``root``, joined by "-"; ``root`` itself gets its own
+        name. Should two names be equal, the later gets a number at its end.
     """
     names: dict[str, None] = {}
     for folder in folders:

@@ -89,11 +89,6 @@ class Scene:
     parameters: Parameters
     displacement: Array
 
-    @property
-    def scale(self) -> float:
-        """px of this picture per px of the 64 px picture."""
-        return self.truth.shape[0] / UNIT
-
 
 KINDS: dict[str, Kind] = {
     "sun": Kind(

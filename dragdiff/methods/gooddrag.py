@@ -54,9 +54,9 @@ def run(job: Job) -> list[np.ndarray]:
         trackers = {edit.number: _tracker(edit, settings) for edit in job.edits}
         left = taken
         with job.stage("drag", levels * most) as advance:
-            while left > taken - levels and not all(through(edit) for edit in job.edits):
+            while left > taken - levels and not all(edit.through for edit in job.edits):
                 step = next(way)
-                controlled = [through(edit) for edit in job.edits]  # from the first level without a drag on
+                controlled = [edit.through for edit in job.edits]  # from the first level without a drag on
                 latents = stages.drag(
                     job,
                     step.level,
@@ -70,11 +70,6 @@ def run(job: Job) -> list[np.ndarray]:
                 latents = step.down(latents, controlled=controlled)
                 left -= 1
         return stages.decode(job, stages.denoise(job, latents, way, left=left))
-
-
-def through(edit: Edit) -> bool:
-    """Whether an edit's drag is over for good; else it has only done all updates of a level."""
-    return edit.stop_reason not in ("", "steps")
 
 
 def _tracker(edit: Edit, settings: GoodDragSettings) -> DragCallback:

@@ -56,17 +56,6 @@ def dragging_accuracy(sample: EditSample, edited: np.ndarray, radius: int) -> np
         radius: gamma, px.
 
     Returns:
-        (N,): as `patch_differences`, of values in [0, 1]. `accuracy_index` makes one figure of them.
+        (N,): as `patch_differences`, of values in [0, 1].
     """
     return patch_differences(sample.image / 255, edited / 255, pairs=sample.points, radius=radius)
-
-
-def accuracy_index(values: np.ndarray, *, as_published: bool) -> float:
-    """GoodDrag's dragging accuracy index of an image, of the values (N,) of its pairs.
-
-    Args:
-        as_published: as the published script has it, which divides the sum over the pairs by their number twice, so
-            that images with many pairs count less. The paper divides once.
-    """
-    mean = float(np.mean(values))
-    return mean / len(values) if as_published else mean

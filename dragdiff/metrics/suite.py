@@ -84,7 +84,6 @@ class Suite:
     """Metrics, with their models loaded.
 
     Attributes:
-        settings: as given.
         unavailable: of metrics that can't be had, the name and what to do about it.
     """
 

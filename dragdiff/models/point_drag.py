@@ -141,16 +141,11 @@ class Drag:
 class PointDrag(L.LightningModule):
     """Moves the content under the handles to the targets.
 
-    Several edits share each forward; one that has arrived leaves the batch. None sees another's rows.
+    Several edits share each forward; one that has arrived leaves the batch. None sees another's rows. With `scaling`
+    (fp16) losses are scaled.
     """
 
     def __init__(self, forward: Forward, variable: Variable, drags: Sequence[Drag], *, scaling: bool = False) -> None:
-        """
-        Args:
-            forward: the model's.
-            variable: what is optimised, a value for each drag.
-            scaling: whether losses are scaled (fp16).
-        """
         super().__init__()
         self.automatic_optimization = False  # a step may end without an update
         self.probe, self.variable, self.drags, self.scaling = forward, variable, drags, scaling

@@ -11,18 +11,13 @@ from torch.amp import GradScaler
 
 
 class Separate(torch.optim.Optimizer):
-    """Steps the optimiser of each run by itself, one with a gradient that overflowed not at all, as by torch's loss
-    scaling; runs without gradients are left alone.
+    """Steps the optimiser of each run by itself, under `scaling` (fp16) one with a gradient that overflowed not at all,
+    as by torch's loss scaling; runs without gradients are left alone.
 
     With one scaler for all, a gradient that overflows in one run would hold back the others, too.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], *, scaling: bool) -> None:
-        """
-        Args:
-            optimizers: one for each run.
-            scaling: whether losses are scaled (fp16).
-        """
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
         device = self.param_groups[0]["params"][0].device.type
         self.runs = [(optimizer, GradScaler(device, enabled=scaling)) for optimizer in optimizers]

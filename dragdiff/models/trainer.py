@@ -72,12 +72,12 @@ def fit(
 
 
 def of_run(number: int, name: str, count: int) -> str:
-    """A value's name in a Trainer that serves `count` runs: `SplitLogger` takes it to the run of that number."""
+    """A value's name in a Trainer that serves `count` runs: `shared_logger` takes it to the run of that number."""
     return name if count == 1 else f"{number}:{name}"
 
 
-class SplitLogger(Logger):
-    """Takes values named by `of_run` to the logger of their run."""
+class _SplitLogger(Logger):
+    """Takes values named by `of_run` to the logger of their run, with what is common to all."""
 
     name, version = "split", 0
 
@@ -86,7 +86,6 @@ class SplitLogger(Logger):
         self.loggers = loggers
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Give each run what is its own, and what is common to all."""
         common = {name: value for name, value in metrics.items() if ":" not in name}  # the epoch
         for number, logger in enumerate(self.loggers):
             start = f"{number}:"
@@ -95,13 +94,11 @@ class SplitLogger(Logger):
                 logger.log_metrics({**own, **common}, step)
 
     def save(self) -> None:
-        """As of each run's logger."""
         for logger in self.loggers:
             if logger is not None:
                 logger.save()
 
     def finalize(self, status: str) -> None:
-        """As of each run's logger."""
         for logger in self.loggers:
             if logger is not None:
                 logger.finalize(status)
@@ -114,7 +111,7 @@ def shared_logger(loggers: Sequence[Logger | None]) -> Logger | None:
     """What a Trainer tells that serves so many runs."""
     if all(logger is None for logger in loggers):
         return None
-    return loggers[0] if len(loggers) == 1 else SplitLogger(loggers)
+    return loggers[0] if len(loggers) == 1 else _SplitLogger(loggers)
 
 
 class Recording(Logger):
@@ -135,7 +132,7 @@ class Recording(Logger):
         self._calls.append(("log_image", args, kwargs))
 
     def log_hyperparams(self, *_: object) -> None:
-        """Nothing: as for `SplitLogger`."""
+        """Nothing: the settings are given to the other logger."""
 
     def clear(self) -> None:
         """Forget: what was told begins anew."""

@@ -53,7 +53,6 @@ class Latent(Variable):
     limit = 1000.0  # latents have entries of some units, with strong guidance of some tens
 
     def only(self, edits: Sequence[int]) -> Variable:
-        """Latents of some edits."""
         return Latent(self.rows(edits))
 
     def latents(self, edits: Sequence[int]) -> Tensor:
@@ -74,7 +73,6 @@ class Bottleneck(Variable):
         self.fixed, self.blocks = latents.split(1), (block,)  # in a tuple: no submodule
 
     def only(self, edits: Sequence[int]) -> Variable:
-        """Values and latents of some edits."""
         return Bottleneck(self.rows(edits), self.latents(edits), self.blocks[0])
 
     def latents(self, edits: Sequence[int]) -> Tensor:

@@ -41,6 +41,12 @@ def move(latent: Tensor, output: Tensor, *, alpha: Tensor, alpha_to: Tensor, pre
     """Carry a latent from one noise level to another along the model's output (DDIM, eq. 12 with sigma = 0).
 
     With `alpha_to` > `alpha` this is a denoising step, otherwise an inversion step.
+
+    Args:
+        latent: (B, C, h, w).
+        output: the model's for it, likewise.
+        alpha, alpha_to: cumulative alphas of the two levels, scalar tensors in (0, 1].
+        prediction_type: as of `predict_x0_and_noise`.
     """
     x0, noise = predict_x0_and_noise(latent, output, alpha=alpha, prediction_type=prediction_type)
     return alpha_to.sqrt() * x0 + (1 - alpha_to).sqrt() * noise

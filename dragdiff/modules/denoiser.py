@@ -41,7 +41,7 @@ class Denoiser:
             pictures: whose prompt and LoRA each row has.
         """
         output = self._rows(latents, t, pictures, self.branches)
-        return output if self.guidance == 1 else guide(output, self.guidance)
+        return output if self.guidance == 1 else _guide(output, self.guidance)
 
     def with_features(
         self,
@@ -65,30 +65,25 @@ class Denoiser:
         if len(branches) == 1:
             return output, maps
         return (
-            None if output is None else guide(output, self.guidance),
+            None if output is None else _guide(output, self.guidance),
             [combine_guidance(features, self.guidance) for features in maps],
         )
 
     def shared_attention(
-        self,
-        layers: Sequence[str],
-        states: States,
-        *,
-        pictures: Sequence[int],
-        of: Sequence[int],
-        where: Sequence[bool] | None,
+        self, layers: Sequence[str], states: States, *, pictures: Sequence[int], where: Sequence[bool] | None
     ) -> AbstractContextManager[None]:
         """While it lasts, rows take keys and values from their pictures' states.
 
         Args:
-            states: with a row for each picture of `of`, in each guidance branch.
+            states: with a row for each picture, in each guidance branch.
             pictures: of each row of a batch.
             where: rows that do; None = all.
         """
-        if list(pictures) != list(of):
-            index = torch.tensor([list(of).index(picture) for picture in pictures], device=self.model.device)
+        count = len(next(iter(self.branches[0].values())))
+        if list(pictures) != list(range(count)):
+            index = torch.tensor(pictures, device=self.model.device)
             states = {
-                name: value.unflatten(0, (-1, len(of))).index_select(1, index).flatten(0, 1)
+                name: value.unflatten(0, (-1, count)).index_select(1, index).flatten(0, 1)
                 for name, value in states.items()
             }
         return self.model.shared_attention(layers, states, where=where)
@@ -101,7 +96,7 @@ class Denoiser:
         return self.model.predict(torch.cat([latents] * len(branches)), t, condition)
 
 
-def guide(output: Tensor, guidance: float) -> Tensor:
+def _guide(output: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): (2B, ...) negative then positive -> (B, ...)."""
     negative, positive = output.chunk(2)
     return negative + guidance * (positive - negative)

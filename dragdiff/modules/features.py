@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dragdiff.modules.points import Size
+if TYPE_CHECKING:
+    from dragdiff.modules.points import Size
 
 
 class _Enough(Exception):

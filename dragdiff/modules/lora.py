@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError
+from dragdiff.moved import tell_moved
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+tell_moved(__name__)
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # peft's name endings
 NO_ADAPTER = "__base__"  # peft's name for it
 
@@ -58,13 +60,9 @@ def peft_config(lora: LoRA) -> LoraConfig:
 
 
 class Rows:
-    """Which adapter each row of a network's batches has: row r that of picture `pictures[r % len(pictures)]`."""
+    """Which of the pictures' adapters a batch's rows have: row r that of the picture `pictures[r % len(pictures)]`."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """
-        Args:
-            names: of each picture's adapter.
-        """
         self.names = list(names)
         self.pictures: Sequence[int] = range(len(names))
 
@@ -94,17 +92,9 @@ def trainable(
     from peft import LoraConfig
 
     paths = [name for name, module in network.named_modules() if _is_target(name, module, targets)]
-
-    def config() -> LoraConfig:
-        return LoraConfig(
-            r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]
-            target_modules=paths,
-            init_lora_weights="gaussian",
-        )
-
     names = [f"picture_{number}" for number in range(pictures)]
-    with _injected(network, {name: config() for name in names}, seed=seed):
+    own: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": paths, "init_lora_weights": "gaussian"}
+    with _injected(network, {name: LoraConfig(**own) for name in names}, seed=seed):
         weights = [_parameters(network, name) for name in names]
         for parameter in [parameter for own in weights for parameter in own.values()]:
             parameter.requires_grad_(True)  # peft wants one for those of the active adapter alone
@@ -192,7 +182,12 @@ def _parameters(network: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def extract(weights: Mapping[str, Tensor], *, scale: float) -> LoRA:
-    """A LoRA from weights named as by `parameters` (copies)."""
+    """A LoRA from copies of its weights.
+
+    Args:
+        weights: by peft's names, `<path>.lora_A.weight` (rank, in) and `<path>.lora_B.weight` (out, rank).
+        scale: of every update, alpha / rank.
+    """
     down, up = (
         {name.removesuffix(end): value.detach().clone() for name, value in weights.items() if name.endswith(end)}
         for end in (DOWN, UP)

@@ -14,11 +14,6 @@ from dragdiff.modules.tracking import around
 Supervision = Callable[..., Tensor]
 
 
-def distances(handles: Tensor, targets: Tensor) -> Tensor:
-    """Euclidean distance of each handle to its target, (N,), in the unit of the (N, 2) inputs."""
-    return (targets - handles).norm(dim=-1)
-
-
 def shifted_patch(features: FeatureMap, rows: Tensor, cols: Tensor, shift: Tensor) -> Tensor:
     """The patch at rows + shift[0], cols + shift[1], bilinear between grid positions, borders replicated.
 
@@ -122,7 +117,7 @@ def to_initial(
 
 def _ways(handles: Tensor, targets: Tensor, stop_distance: float) -> tuple[Tensor, Tensor, Tensor]:
     """What lies between handles and targets: distances (N,), unit directions (N, 2), and who has arrived (N,) bool."""
-    left = distances(handles, targets)
+    left = (targets - handles).norm(dim=-1)
     arrived = (left < stop_distance) | (left == 0)
     return left, (targets - handles) / left.masked_fill(left == 0, 1)[:, None], arrived
 

@@ -56,7 +56,11 @@ def finetune(job: Job) -> list[LoRA | None]:
 @contextmanager
 def adapted(job: Job, adapters: Sequence[LoRA | None]) -> Iterator[None]:
     """The job's network with each picture's LoRA, in its weights if it is the same for all, else beside them; with
-    FreeU where the settings want it. Sets the job's denoiser."""
+    FreeU where the settings want it. Sets the job's denoiser.
+
+    Raises:
+        UserError: a LoRA does not fit the network.
+    """
     network, first = job.model.network, adapters[0] if adapters else None
     same = all(adapter is first for adapter in adapters)
     generate = job.config.generate
@@ -94,7 +98,11 @@ def named(config: Config) -> LoRA | None:
 
 
 def trained_loras(job: Job, loggers: Sequence[Logger | None]) -> list[LoRA | UserError]:
-    """Each picture's LoRA, from the cache or trained, those that are missing together; or why there is none."""
+    """Each picture's LoRA, from the cache or trained, those that are missing together.
+
+    Returns:
+        For each picture its LoRA, or why there is none: its latent or loss is not finite, or a run can't be resumed.
+    """
     settings, store = job.config.lora, job.caches["lora"]
     if settings.resume:  # a checkpoint is good for one picture
         trained: list[LoRA | UserError] = []
@@ -104,7 +112,7 @@ def trained_loras(job: Job, loggers: Sequence[Logger | None]) -> list[LoRA | Use
             except UserError as error:
                 trained.append(UserError(str(error)))
         return trained
-    keys = [lora_key(job, picture, settings.steps) for picture in job.pictures]
+    keys = [_lora_key(job, picture, settings.steps) for picture in job.pictures]
     found: dict[str, LoRA | UserError] = {}
     for key in keys:
         if key not in found and (cached := store.find(key, load=lora_file.load)) is not None:
@@ -128,7 +136,7 @@ def share(job: Job, steps: Collection[int]) -> int:
         How many pictures were trained on.
     """
     store = job.caches["lora"]
-    keys = {(row, count): lora_key(job, picture, count) for row, picture in enumerate(job.pictures) for count in steps}
+    keys = {(row, count): _lora_key(job, picture, count) for row, picture in enumerate(job.pictures) for count in steps}
     missing = [place for place, key in keys.items() if key not in store]
     if not missing or not job.config.cache.enabled:
         return 0
@@ -168,36 +176,16 @@ def train(
         folder: where LoRAs and a checkpoint go every `lora.save_every` steps.
         snapshots: numbers of steps after which `keep` is given the picture's number, the steps and the LoRA.
     """
-    settings, model = job.config.lora, job.model
-    scheduler = model.scheduler(job.config.ddim.steps)
-    inputs = lora_inputs(job, pictures[0])
+    settings, inputs = job.config.lora, _lora_inputs(job, pictures[0])
     resume = Path(settings.resume).expanduser() if settings.resume else None
     if resume:
         check_resume(resume, settings=inputs, steps=settings.steps)
     with job.stage("LoRA", settings.steps) as advance:
-        prepared = [_prepared(job, picture, len(scheduler.alphas_cumprod)) for picture in pictures]
+        prepared = [_prepared(job, picture) for picture in pictures]
         good = [number for number, picture in enumerate(prepared) if picture.is_finite]
         if not good:
             return [job.not_finite] * len(pictures)
-        trainable = lora.trainable(
-            model.network,
-            model.lora_targets,
-            rank=settings.rank,
-            alpha=settings.alpha or float(settings.rank),
-            seed=job.config.seed,
-            pictures=len(good),
-        )
-        with trainable as (weights, current):
-            module = LoRAFinetune(
-                model,
-                weights,
-                [prepared[number] for number in good],
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                scheduler=scheduler,
-                scaling=job.autocast == "fp16",
-                settings=inputs,
-            )
+        with _training(job, [prepared[number] for number in good], inputs) as (module, current):
 
             def learned() -> dict[int, LoRA | UserError]:
                 return {number: _learned(job, module, row, current(row)) for row, number in enumerate(good)}
@@ -213,7 +201,7 @@ def train(
             fit(
                 module,
                 steps=settings.steps,
-                device=model.device,
+                device=job.model.device,
                 autocast=job.autocast,
                 callbacks=callbacks,
                 logger=shared_logger([loggers[number] for number in good]),
@@ -222,6 +210,33 @@ def train(
             )
             trained = learned()
     return [trained.get(number, job.not_finite) for number in range(len(pictures))]
+
+
+@contextmanager
+def _training(
+    job: Job, pictures: Sequence[TrainingPicture], inputs: dict[str, Any]
+) -> Iterator[tuple[LoRAFinetune, Callable[[int], LoRA]]]:
+    """The module that trains a LoRA for each picture, with its layers in the network; and the LoRA of a picture."""
+    settings, model = job.config.lora, job.model
+    with lora.trainable(
+        model.network,
+        model.lora_targets,
+        rank=settings.rank,
+        alpha=settings.alpha or float(settings.rank),
+        seed=job.config.seed,
+        pictures=len(pictures),
+    ) as (weights, current):
+        module = LoRAFinetune(
+            model,
+            weights,
+            pictures,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            scheduler=model.scheduler(job.config.ddim.steps),
+            scaling=job.autocast == "fp16",
+            settings=inputs,
+        )
+        yield module, current
 
 
 def _learned(job: Job, module: LoRAFinetune, row: int, made: LoRA) -> LoRA | UserError:
@@ -235,7 +250,7 @@ def _learned(job: Job, module: LoRAFinetune, row: int, made: LoRA) -> LoRA | Use
     return made
 
 
-def _prepared(job: Job, picture: EditSample, train_timesteps: int) -> TrainingPicture:
+def _prepared(job: Job, picture: EditSample) -> TrainingPicture:
     settings = job.config.lora
     with torch.no_grad():
         posterior, latent_shape, slack = crops(
@@ -246,17 +261,17 @@ def _prepared(job: Job, picture: EditSample, train_timesteps: int) -> TrainingPi
         batch_size=settings.batch_size,
         latent_shape=latent_shape,
         slack=slack,
-        train_timesteps=train_timesteps,
+        train_timesteps=len(job.model.scheduler(job.config.ddim.steps).alphas_cumprod),
     )
     return TrainingPicture(posterior, job.condition([picture.prompt]), draw)
 
 
-def lora_key(job: Job, picture: EditSample, steps: int) -> str:
+def _lora_key(job: Job, picture: EditSample, steps: int) -> str:
     """Under which the cache has a picture's LoRA."""
-    return cache.digest(**lora_inputs(job, picture), steps=steps)
+    return cache.digest(**_lora_inputs(job, picture), steps=steps)
 
 
-def lora_inputs(job: Job, picture: EditSample) -> dict[str, Any]:
+def _lora_inputs(job: Job, picture: EditSample) -> dict[str, Any]:
     """Everything that each step of the LoRA's training depends on, as plain values."""
     settings = dataclasses.asdict(job.config.lora)
     for other in ("path", "steps", "save_every", "resume"):

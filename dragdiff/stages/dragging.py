@@ -21,7 +21,6 @@ from dragdiff.modules.images import to_uint8
 from dragdiff.stages.sources import Level, Reference
 
 PREVIEW_LATENT = 32  # previews are decoded from a latent of at most this side
-ON_THE_WAY = ("", "steps")  # reasons to stop after which an edit may be dragged on, at another level
 
 
 def drag(
@@ -51,7 +50,7 @@ def drag(
     """
     every = Latent(start) if isinstance(start, Tensor) else start
     values = [value.detach() for value in every.values]
-    moving = [number for number, edit in enumerate(job.edits) if edit.stop_reason in ON_THE_WAY]
+    moving = [number for number, edit in enumerate(job.edits) if not edit.through]
     if not moving:
         return torch.cat(values)
     variable = every if len(moving) == len(job.edits) else every.only(moving)
@@ -102,7 +101,11 @@ def _forward(job: Job, level: Level, edits: Sequence[Edit]) -> Forward:
 
 @torch.no_grad()
 def bottleneck(job: Job, level: Level, latents: Tensor) -> Bottleneck:
-    """The output of the network's bottleneck for the edits' latents (E, C, h, w), to be optimised in their place."""
+    """The output of the network's bottleneck for the edits' latents, to be optimised in their place.
+
+    Args:
+        latents: (E, C, h, w), at the level.
+    """
     model, pictures = job.model, [edit.picture for edit in job.edits]
     _, (values,) = job.denoiser.with_features(
         latents, level.t, pictures, names=[model.bottleneck], need_output=False, guided=False

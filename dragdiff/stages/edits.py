@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dragdiff import cache, output
-from dragdiff.callbacks import Frames, Spectator
+from dragdiff.callbacks import Frames
 from dragdiff.job import Edit, EditResult, Job, Request
 from dragdiff.methods.method import Method
 from dragdiff.modules import points
@@ -62,16 +62,27 @@ def begin(job: Job, method: Method, number: int, request: Request) -> None:
 def _observe(edit: Edit) -> None:
     """Give an edit its observers."""
     request = edit.request
-    log_image = getattr(request.logger, "log_image", None)
-    edit.frames = Frames(
-        draw=lambda picture: output.frame(picture, edit.sample, edit.to_px(edit.trajectory.positions)),
-        every=edit.config.output.frames_every,
-        folder=request.folder and request.folder / "frames",
-        send=lambda picture, step: log_image and log_image("drag/frame", [picture], caption=[f"step {step}"]),
-    )
+    log_image = getattr(request.logger, "log_image", None)  # of loggers that take pictures
+
+    def show(step: int, preview: np.ndarray | None) -> None:
+        """Tell who watches; a preview goes to disk and to the log, with the points on it."""
+        if preview is None and request.watch is None:
+            return  # most steps: what follows would wait for a GPU
+        way = edit.to_px(edit.trajectory.positions)
+        if preview is not None:
+            drawn = output.frame(preview, edit.sample, way)
+            if request.folder is not None:
+                folder = request.folder / "frames"
+                folder.mkdir(parents=True, exist_ok=True)
+                with output.written(folder / f"{step:04d}.png") as file:
+                    drawn.save(file)
+            if log_image:
+                log_image("drag/frame", [drawn], caption=[f"step {step}"])
+        if request.watch is not None:
+            request.watch(step, way[-1], preview)
+
+    edit.frames = Frames(show, every=edit.config.output.frames_every)
     edit.observers = [edit.trajectory, *request.callbacks, edit.frames]  # type: ignore[list-item]
-    if request.watch is not None:
-        edit.observers.append(Spectator(request.watch, edit.trajectory, edit.frames, to_px=edit.to_px))
 
 
 def fix_unmasked(job: Job) -> None:

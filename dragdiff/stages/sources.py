@@ -18,7 +18,7 @@ from torch import Tensor
 from dragdiff import cache
 from dragdiff.backbones import lora_file
 from dragdiff.backbones.diffusion import States
-from dragdiff.job import Job, replaced_picture
+from dragdiff.job import Job
 from dragdiff.modules import ddim
 from dragdiff.modules.images import to_tensor
 from dragdiff.stages.decoding import to_picture
@@ -201,17 +201,15 @@ class Step:
             controlled: whose self-attention takes keys and values from the source; None = all, where the step has
                 states and `control.start_step` is reached.
         """
-        job, pictures = self.job, [edit.picture for edit in self.job.edits]
-        denoiser, states = job.denoiser, self.reference.states
-        shared = bool(states) and self.number >= job.config.control.start_step
-        if shared and (controlled is None or any(controlled)):
-            of = list(range(len(job.pictures)))
-            attention = denoiser.shared_attention(self.layers, states, pictures=pictures, of=of, where=controlled)
-        else:
-            attention = nullcontext()
+        job, pictures, states = self.job, [edit.picture for edit in self.job.edits], self.reference.states
+        shared = states and self.number >= job.config.control.start_step and (controlled is None or any(controlled))
         with torch.no_grad():
-            with attention:
-                output = denoiser(latents, self.level.t, pictures)
+            with (
+                job.denoiser.shared_attention(self.layers, states, pictures=pictures, where=controlled)
+                if shared
+                else nullcontext()
+            ):
+                output = job.denoiser(latents, self.level.t, pictures)
             return self.solver.step(output, self.solver.timesteps[self.level.index], latents).prev_sample
 
 
@@ -230,7 +228,8 @@ def source(job: Job, *, states: Sequence[str] = ()) -> Source:
         images, path, scheduler = generated(job)
         prompts = [picture.prompt for picture in job.pictures]
         for edit in job.edits:
-            replaced_picture(edit, images[prompts.index(edit.sample.prompt)])
+            image = images[prompts.index(edit.sample.prompt)]
+            edit.sample = edit.working = dataclasses.replace(edit.sample, image=image)
         job.pictures = [
             dataclasses.replace(picture, image=image) for picture, image in zip(job.pictures, images, strict=True)
         ]

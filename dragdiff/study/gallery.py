@@ -26,7 +26,7 @@ NOT_RUN = "not run yet"
 
 
 @dataclass
-class Pictures:
+class _Pictures:
     """Data URIs, each once however often it is shown."""
 
     uris: dict[str, int] = field(default_factory=dict)
@@ -51,7 +51,7 @@ def page(data: Measured, store: Store, ways: Ways, *, progress: Report = lambda 
     Raises:
         StoreError: the results can't be read.
     """
-    plan, pictures = data.plan, Pictures()
+    plan, pictures = data.plan, _Pictures()
     cells = _Cells(data, store, ways, pictures)
     rows = []
     progress("gallery", 0, len(plan.subjects), "")
@@ -81,7 +81,7 @@ def page(data: Measured, store: Store, ways: Ways, *, progress: Report = lambda 
 class _Cells:
     """What stands in the page's cells; `scores` are those of all shots by their number, by column."""
 
-    def __init__(self, data: Measured, store: Store, ways: Ways, pictures: Pictures) -> None:
+    def __init__(self, data: Measured, store: Store, ways: Ways, pictures: _Pictures) -> None:
         self.data, self.store, self.ways, self.pictures = data, store, ways, pictures
         self.lost = {(row.variant, row.sample, row.seed): row.reason for row in data.failures.itertuples()}
         means = data.scores.groupby(["variant", "sample", "seed", "column"], sort=False)["value"].mean()
@@ -92,7 +92,7 @@ class _Cells:
         """The pictures of a cell: one for each seed, where they differ."""
         plan = self.data.plan
         by_key: dict[str, Json] = {}
-        for seed in plan.study.seeds[:1] if variant.baseline else plan.study.seeds:
+        for seed in plan.seeds(variant):
             place = (variant.name, subject.name, seed)
             key = plan.keys[place]
             if key in by_key:
@@ -110,7 +110,7 @@ class _Cells:
         return list(by_key.values())
 
 
-def _sources(subject: Subject, pictures: Pictures) -> Json:
+def _sources(subject: Subject, pictures: _Pictures) -> Json:
     """A row's head, and the truth where it is known."""
     sample = subject.sample
     side = max(sample.width, sample.height)

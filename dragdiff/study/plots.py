@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dragdiff.study import sheets
 from dragdiff.study.plan import Plan, show
+from dragdiff.study.store import RESULT, Store
 from dragdiff.study.table import Measured, group, title
 
 if TYPE_CHECKING:
@@ -68,6 +69,17 @@ def _png(figure: Figure) -> bytes:
 # ------------------------------------------------------------------------------------------- the drag
 
 
+def read_ways(plan: Plan, store: Store) -> Ways:
+    """The ways of those edits of a study that have one.
+
+    Raises:
+        StoreError: the results can't be read.
+    """
+    facts = store.read_jsons([f"results/{key}/{RESULT}" for key in set(plan.keys.values())])
+    ways = {path.split("/")[1]: fact["trajectory"] for path, fact in facts.items() if fact.get("trajectory")}
+    return {place: np.array(ways[key], float) for place, key in plan.keys.items() if key in ways}
+
+
 def distance_by_step(plan: Plan, ways: Ways, variant: str) -> np.ndarray:
     """Mean over a variant's edits of the mean distance of their handles to their targets, as tracked, px of the image.
 
@@ -95,8 +107,9 @@ def _distance_by_step(plan: Plan, ways: Ways) -> Figure | None:
         figure, panels = sheets.new_panels(len(facets), 3.2, 2.6, sharex=True, sharey=True)
     else:
         figure, panels = sheets.new_panel(7.5, max(3.8, _height(facets[""])))
+    styles = list(itertools.product(sheets.DASHES, sheets.COLOURS))
     for panel, (heading, lines) in zip(panels, facets.items(), strict=True):
-        for (label, name), (dashes, colour) in zip(lines.items(), _line_styles(), strict=False):
+        for (label, name), (dashes, colour) in zip(lines.items(), itertools.cycle(styles), strict=False):
             panel.plot(curves[name], label=label, linewidth=1.5, linestyle=dashes, color=colour)
         panel.set_title(heading)
         panel.set_xlabel("optimiser step")
@@ -127,11 +140,6 @@ def _facets(plan: Plan) -> tuple[dict[str, dict[str, str]], str]:
     for variant in variants:
         series[f"{facet}={show(variant.settings[facet])}"][show(variant.settings[key])] = variant.name
     return series, key
-
-
-def _line_styles() -> Iterator[tuple[str, str]]:
-    """Dashes and colours."""
-    return itertools.cycle(itertools.product(sheets.DASHES, sheets.COLOURS))
 
 
 # ------------------------------------------------------------------------------------------- fidelity and distance

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dragdiff import methods
-from dragdiff.aliases import Json, Report
+from dragdiff.aliases import Report
 from dragdiff.config import Config, StudyConfig, load_study, to_yaml
 from dragdiff.errors import UserError
 from dragdiff.metrics.statistics import LEVEL, RESAMPLES
 from dragdiff.metrics.suite import COLUMNS
-from dragdiff.study import gallery, plots
+from dragdiff.options import as_it_stands, merged
+from dragdiff.study import gallery, plots, sheets
 from dragdiff.study.plan import SCENES, Plan, Variant, config_of, show
-from dragdiff.study.store import RESULT, Store
+from dragdiff.study.store import Store
 from dragdiff.study.table import ALL, Measured, measured, number, summary, title
 
 if TYPE_CHECKING:
@@ -75,23 +76,10 @@ def find_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
     if overrides:
         raise UserError(f"{study!r} has its settings: leave out {overrides[0]!r}, or give the study's YAML file")
     try:
-        settings = _filled(StudyConfig(), facts["settings"])
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{study}/study.json is of another version: give the study's YAML file") from error
+        settings = merged(StudyConfig, [(as_it_stands(facts["settings"]), f"in {study}/study.json")])
+    except UserError as error:  # of another version
+        raise UserError(f"{error}; give the study's YAML file") from error
     return dataclasses.replace(settings, name=name, results=results)
-
-
-def _filled(config: Any, values: Json) -> Any:
-    """A config with other values, as `dataclasses.asdict` gives them."""
-    parts = {key: getattr(config, key, None) for key in values}
-    return dataclasses.replace(
-        config,
-        **{key: _filled(parts[key], value) if _is_section(parts[key]) else value for key, value in values.items()},
-    )
-
-
-def _is_section(value: object) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Report = lambda *_: None) -> list[str]:
@@ -119,7 +107,7 @@ def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Rep
         )
     categories = sorted({subject.category for subject in plan.subjects})
     table = summary(data, categories=[ALL, *(categories if len(categories) > 1 else ())])
-    ways = _ways(plan, store)
+    ways = plots.read_ways(plan, store)
     pictures = plots.draw(data, table[table["category"] == ALL], ways)
     files = {
         "report.md": _markdown(data, table, list(pictures), _unavailable(plan, store), brief).encode(),
@@ -150,33 +138,26 @@ def check_packages() -> None:
 
 def _study_files(plan: Plan) -> dict[str, bytes]:
     """The study's file, and beside it those of methods that are not the package's."""
-    text, files = to_yaml(portable(plan.study)), {}
+    yaml, files = to_yaml(_portable(plan.study)), {}
     for method in {config.method for config in _edits(plan) if methods.is_file(config.method)}:
         files[Path(method).name] = methods.find(method).source.encode()
-        text = text.replace(method, Path(method).name)
-    return {"study.yaml": text.encode(), **files}
+        yaml = yaml.replace(method, Path(method).name)
+    return {"study.yaml": yaml.encode(), **files}
 
 
 def _edits(plan: Plan) -> list[Config]:
     """The settings of each variant that is no baseline."""
     seed = plan.study.seeds[0]
-    return [config_of(plan.study, variant, seed) for variant in plan.variants if not variant.baseline]
+    return [config_of(plan.study, variant, seed) for variant in sheets.edits(plan)]
 
 
-def portable(study: StudyConfig) -> StudyConfig:
+def _portable(study: StudyConfig) -> StudyConfig:
     """The study without what belongs to the machine that ran it."""
     usual = StudyConfig()
     here = {key: getattr(usual, key) for key in PLACE}
     path = study.data.path
     data = dataclasses.replace(study.data, path=Path(path).name if Path(path).expanduser().is_absolute() else path)
     return dataclasses.replace(study, **here, data=data)
-
-
-def _ways(plan: Plan, store: Store) -> dict[tuple[str, str, int], np.ndarray]:
-    """Of each edit (variant, sample, seed) by a model, the way of its handles (K, N, 2), (x, y) px of the image."""
-    facts = store.read_jsons([f"results/{key}/{RESULT}" for key in set(plan.keys.values())])
-    ways = {path.split("/")[1]: fact["trajectory"] for path, fact in facts.items() if fact.get("trajectory")}
-    return {place: np.array(ways[key], float) for place, key in plan.keys.items() if key in ways}
 
 
 def _unavailable(plan: Plan, store: Store) -> dict[str, str]:
@@ -202,10 +183,10 @@ def _markdown(
 ) -> str:
     plan = data.plan
     means: Means = {(row.category, row.column, row.variant): row for row in table.itertuples()}
-    reference = text(plan.reference)
-    parts = [f"# {text(plan.study.name)}"]
+    reference = _text(plan.reference)
+    parts = [f"# {_text(plan.study.name)}"]
     if plan.study.question:
-        parts.append(f"**Question:** {text(plan.study.question)}")
+        parts.append(f"**Question:** {_text(plan.study.question)}")
     parts += [
         *_what_was_run(data),
         "## Means",
@@ -235,7 +216,7 @@ def _markdown(
             parts += [f"## {heading}", f"![{heading}]({picture})", caption]
     parts += _failures(data)
     if unavailable:
-        rows = [(text(name), text(reason)) for name, reason in unavailable.items()]
+        rows = [(_text(name), _text(reason)) for name, reason in unavailable.items()]
         parts += ["## Metrics that could not be had", _rows(("metric", "reason"), rows)]
     parts += _files(plan, brief)
     return "\n\n".join(parts) + "\n"
@@ -265,31 +246,23 @@ def _what_was_run(data: Measured) -> list[str]:
     plan = data.plan
     categories = Counter(subject.category for subject in plan.subjects)
     seeds = ", ".join(map(str, plan.study.seeds))
-    samples = ", ".join(f"{count} {text(name)}" for name, count in sorted(categories.items()))
-    source = "procedural scenes" if plan.study.data.path == SCENES else text(Path(plan.study.data.path).name)
+    samples = ", ".join(f"{count} {_text(name)}" for name, count in sorted(categories.items()))
+    source = "procedural scenes" if plan.study.data.path == SCENES else _text(Path(plan.study.data.path).name)
     lost = data.failures[data.failures["seed"] != ""]
     failed = Counter(lost["variant"][lost["reason"] != ""])
     missing = Counter(lost["variant"][lost["reason"] == ""])
-    named = any(not variant.baseline and text(variant.name) != _settings(variant) for variant in plan.variants)
+    named = any(_text(variant.name) != _settings(variant) for variant in sheets.edits(plan))
     rows = []
     for variant in plan.variants:
-        total = len(plan.subjects) * (1 if variant.baseline else len(plan.study.seeds))
-        done = total - failed[variant.name] - missing[variant.name]
-        rows.append(
-            (
-                text(variant.name),
-                *([_settings(variant)] if named else ()),
-                done,
-                failed[variant.name],
-                missing[variant.name],
-            )
-        )
+        name, total = variant.name, len(plan.subjects) * len(plan.seeds(variant))
+        counts = (total - failed[name] - missing[name], failed[name], missing[name])
+        rows.append((_text(name), *([_settings(variant)] if named else ()), *counts))
     done, bad, left = (sum(int(row[place]) for row in rows) for place in (-3, -2, -1))
     state = "" if not left else " **The study is not finished.**"
     return [
         f"{len(plan.subjects)} samples of {source} ({samples}), seed{'s' if len(plan.study.seeds) > 1 else ''} "
         f"{seeds}. Of {done + bad + left} edits {done} are measured, {bad} failed, {left} are missing.{state} "
-        f"The variants are compared with {text(plan.reference)}. {_methods(plan)}",
+        f"The variants are compared with {_text(plan.reference)}. {_methods(plan)}",
         "## What was run",
         _rows(("variant", *(["settings"] if named else ()), "measured", "failed", "missing"), rows),
     ]
@@ -298,7 +271,7 @@ def _what_was_run(data: Measured) -> list[str]:
 def _settings(variant: Variant) -> str:
     if variant.baseline:
         return "baseline"
-    return text(", ".join(f"{key}={show(value)}" for key, value in variant.settings.items())) or "default"
+    return _text(", ".join(f"{key}={show(value)}" for key, value in variant.settings.items())) or "default"
 
 
 def _means(plan: Plan, means: Means, columns: Sequence[str]) -> str:
@@ -312,8 +285,8 @@ def _means(plan: Plan, means: Means, columns: Sequence[str]) -> str:
         for row in found:
             cells.append(_interval(row.column, row.value, row.low, row.high))
             if row.column in published:
-                cells.append(text(str(plan.study.published.get(variant.name, {}).get(row.column, "–"))))
-        rows.append((text(variant.name), images, *cells))
+                cells.append(_text(str(plan.study.published.get(variant.name, {}).get(row.column, "–"))))
+        rows.append((_text(variant.name), images, *cells))
     headings = [heading for c in columns for heading in [title(c), *(["published"] if c in published else [])]]
     return _rows(("variant", "images", *headings), rows)
 
@@ -329,7 +302,7 @@ def _differences(plan: Plan, means: Means, columns: Sequence[str]) -> str:
             cell = _interval(column, row.difference, row.difference_low, row.difference_high, "+")
             apart = row.difference_low > 0 or row.difference_high < 0
             cells.append(f"**{cell}**" if apart else cell)
-        rows.append((text(variant.name), *cells))
+        rows.append((_text(variant.name), *cells))
     return _rows(("variant", *map(title, columns)), rows)
 
 
@@ -337,8 +310,8 @@ def _by_category(plan: Plan, means: Means, column: str, categories: Sequence[str
     rows = []
     for variant in plan.variants:
         found = [means[category, column, variant.name] for category in categories]
-        rows.append((text(variant.name), *(_interval(column, row.value, row.low, row.high) for row in found)))
-    return _rows(("variant", *map(text, categories)), rows)
+        rows.append((_text(variant.name), *(_interval(column, row.value, row.low, row.high) for row in found)))
+    return _rows(("variant", *map(_text, categories)), rows)
 
 
 def _interval(column: str, value: float, low: float, high: float, sign: str = "-") -> str:
@@ -353,19 +326,19 @@ def _failures(data: Measured) -> list[str]:
     edits = lost[lost["seed"] != ""]
     rows = []
     for (reason, variant), group in edits.groupby(["reason", "variant"], sort=True):
-        rows.append((text(reason), text(variant), len(group), _some(sorted(set(group["sample"])))))
+        rows.append((_text(reason), _text(variant), len(group), _some(sorted(set(group["sample"])))))
     parts = ["## Failures"]
     if rows:
         parts.append(_rows(("reason", "variant", "edits", "samples"), rows))
     if data.plan.broken:
-        broken = [(text(name), text(reason)) for name, reason in sorted(data.plan.broken)]
+        broken = [(_text(name), _text(reason)) for name, reason in sorted(data.plan.broken)]
         parts += ["Samples that could not be read:", _rows(("sample", "reason"), broken)]
     return parts
 
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return text(", ".join(names[:LISTED])) + more
+    return _text(", ".join(names[:LISTED])) + more
 
 
 def _files(plan: Plan, brief: bool) -> list[str]:
@@ -387,6 +360,6 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def text(value: str) -> str:
+def _text(value: str) -> str:
     """Any text as Markdown that shows it as it is, on one line, also in a table."""
     return re.sub(r"([\\`*\[\]<>|~$&#!]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(value.split()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dragdiff import methods
+from dragdiff.aliases import Report
 from dragdiff.config import MetricsConfig
 from dragdiff.errors import UserError, WorkerDied, one_line
 from dragdiff.metrics.suite import COLUMNS, metric_key
@@ -23,7 +24,6 @@ from dragdiff.study.table import ordered_path
 from dragdiff.study.worker import Outcome, missing_scores, record_failure
 
 SHOWN = 10  # failures that are listed at the end
-Report = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Summary:
     values: dict[str, list[float]] = field(default_factory=dict)
 
 
-def open_study(plan: Plan) -> Store:
+def _open_study(plan: Plan) -> Store:
     """The study's place in the store; writes what the study is.
 
     Raises:
@@ -79,7 +79,7 @@ def run(plan: Plan, *, retry_failed: bool = False, report: Report = lambda *_: N
         UserError: settings, a model or a place for workers that can't be had.
         StoreError: the results can't be written; what is there stays.
     """
-    store = open_study(plan)
+    store = _open_study(plan)
     summary = Summary(total=len(plan.tasks))
     unscored = _unscored(store, plan.tasks, plan.study.metrics)
     failures = {} if retry_failed else store.read_jsons([f"failures/{task.key}.json" for task in plan.tasks])
@@ -146,13 +146,13 @@ class _Run:
         self.store.write_json(f"{self.plan.study.name}/unavailable.json", self.summary.unavailable)
         self._leave_out_done()
         left = [task for job in self.jobs for task in job]
-        self.work = amortised(left)
+        self.work = _amortised(left)
         note = "nothing to edit"
         if edits := [task for task in left if task.config and not self.store.has_result(task.key)]:
             pace = self._ask("pace", edits[0])
             self.most = self._ask("most_at_once", edits[0])
-            seconds = (pace or 0) * sum(amortised(edits).values()) / min(count, len(self.jobs))
-            how_long = f", {duration(seconds)} at most if all drags take all their steps" if pace else ""
+            seconds = (pace or 0) * sum(_amortised(edits).values()) / min(count, len(self.jobs))
+            how_long = f", {_duration(seconds)} at most if all drags take all their steps" if pace else ""
             note = f"{len(edits)} edits to do{how_long}"
         self.report("models", 1, 1, note)
         self.began, self.work_done = time.monotonic(), 0.0
@@ -289,7 +289,7 @@ class _Run:
         notes = [f"{len(summary.failed)} failed", f"{summary.total - settled} left"]
         if self.work_done:
             left = sum(self.work.values()) - self.work_done
-            notes.append(f"about {duration((time.monotonic() - self.began) / self.work_done * left)}")
+            notes.append(f"about {_duration((time.monotonic() - self.began) / self.work_done * left)}")
         for column, values in [(name, summary.values[name]) for name in COLUMNS if name in summary.values][:2]:
             notes.append(f"{COLUMNS[column].label} {np.mean(values):.2f}")
         self.report("edits", settled, summary.total, ", ".join(notes))
@@ -300,7 +300,7 @@ class _Run:
 Work = dict[str, dict[object, tuple[float, list[str]]]]  # part -> what it is for -> forwards, keys of the tasks
 
 
-def work_of(tasks: Sequence[Task]) -> Work:
+def _work_of(tasks: Sequence[Task]) -> Work:
     """What is computed, in forwards of the denoiser, and for which tasks; parts that edits share are there once."""
     found: Work = {}
 
@@ -332,17 +332,17 @@ def work_of(tasks: Sequence[Task]) -> Work:
     return found
 
 
-def amortised(tasks: Sequence[Task]) -> dict[str, float]:
+def _amortised(tasks: Sequence[Task]) -> dict[str, float]:
     """About how many forwards each task takes at most; what several share is divided among them."""
     work = {task.key: 0.0 for task in tasks}
-    for shared in work_of(tasks).values():
+    for shared in _work_of(tasks).values():
         for forwards, keys in shared.values():
             for key in keys:
                 work[key] += forwards / len(keys)
     return work
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """As a person says it."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -351,7 +351,7 @@ def duration(seconds: float) -> str:
 
 def describe(plan: Plan) -> str:
     """What a study will do, in a few lines."""
-    study, counts = plan.study, {part: len(shared) for part, shared in work_of(plan.tasks).items()}
+    study, counts = plan.study, {part: len(shared) for part, shared in _work_of(plan.tasks).items()}
     baselines = sum(1 for variant in plan.variants if variant.baseline)
     lines = [
         f"study {study.name}: {study.question}".rstrip(": "),

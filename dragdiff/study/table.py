@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dragdiff import methods
 from dragdiff.cache import digest
-from dragdiff.errors import UserError
 from dragdiff.methods.method import done_forwards
 from dragdiff.metrics.statistics import Mean, mean_over_images, mean_over_pairs, paired_difference
 from dragdiff.metrics.suite import COLUMNS, COST, metric_key
-from dragdiff.study.plan import Plan
 from dragdiff.study.store import RESULT, SCORES, Store
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from dragdiff.study.plan import Plan
 
 ALL = "all"  # in place of a category
 
@@ -66,9 +65,10 @@ def measured(plan: Plan, store: Store) -> Measured:
     """Read the scores of a study.
 
     Raises:
-        UserError: pandas is missing.
+        StoreError: the results can't be read.
     """
-    pd = pandas()
+    import pandas as pd
+
     wanted = [metric_key(name, plan.study.metrics) for name in plan.study.metrics.names if name != COST]
     edits = store.read_jsons([f"results/{key}/{SCORES}" for key in set(plan.keys.values())])
     reasons = store.read_jsons([f"failures/{key}.json" for key in set(plan.keys.values())])
@@ -136,8 +136,9 @@ def summary(data: Measured, *, categories: Sequence[str] = (ALL,)) -> pd.DataFra
         One row for each variant, category and column: variant, category, column, value, low, high (the published mean:
         over pairs or images, see `COLUMNS`), images, pairs, difference, difference_low, difference_high (mean over the
         images that both have of ours - the reference's; NaN for the reference itself).
-
     """
+    import pandas as pd
+
     names, reference = [variant.name for variant in data.plan.variants], data.plan.reference
     rows = []
     for category in categories:
@@ -156,7 +157,7 @@ def summary(data: Measured, *, categories: Sequence[str] = (ALL,)) -> pd.DataFra
                     | {"difference_low": difference.low, "difference_high": difference.high}
                 )
     order = ["variant", "category", "column", *Mean.__dataclass_fields__]
-    return pandas().DataFrame(rows, columns=[*order, "difference", "difference_low", "difference_high"])
+    return pd.DataFrame(rows, columns=[*order, "difference", "difference_low", "difference_high"])
 
 
 def group(column: str) -> str:
@@ -191,12 +192,3 @@ def number(column: str, value: float, sign: str = "-") -> str:
         return f"{'-' if value < 0 else sign.strip('-')}∞"
     places = decimals(column)
     return f"{round(value, places) + 0.0:{sign}.{places}f}"  # + 0.0: no -0.00
-
-
-def pandas() -> ModuleType:
-    """The library, or what to install."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise UserError("tables need pandas: pip install 'dragdiff[study]'") from error
-    return pandas

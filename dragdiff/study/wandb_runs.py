@@ -23,8 +23,9 @@ from dragdiff.errors import UserError, one_line
 from dragdiff.loggers import check_login, environment, wandb_run, wandb_tags
 from dragdiff.output import SHOWN_SIDE, annotated
 from dragdiff.study.plan import Plan, Subject, Variant, config_of
-from dragdiff.study.store import RESULT, Store
-from dragdiff.study.table import Measured, measured, pandas, summary
+from dragdiff.study.plots import distance_by_step, read_ways
+from dragdiff.study.store import Store
+from dragdiff.study.table import Measured, measured, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,7 @@ class WandbPage:
         id: the same whenever the study is tracked.
         summary: numbers, by name.
         tables: whose cells may be pictures.
-        trajectory: mean distance of the handles to their targets after each step of the drag, px.
+        distances: (K,), as of `plots.distance_by_step`.
     """
 
     id: str
@@ -53,7 +54,7 @@ class WandbPage:
     notes: str = ""
     summary: dict[str, float] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    trajectory: np.ndarray | None = None
+    distances: np.ndarray = field(default_factory=lambda: np.zeros(0))
     pictures: dict[str, Image.Image] = field(default_factory=dict)
 
 
@@ -77,7 +78,7 @@ def track(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> None:
         report_files: by name; the pictures (.png) among them are shown.
 
     Raises:
-        UserError: logger.kind is csv, or pandas is missing.
+        UserError: logger.kind is csv.
         StoreError: the results can't be read.
     """
     settings = plan.study.logger
@@ -154,9 +155,9 @@ def _send(page: WandbPage, settings: LoggerConfig, study: StudyConfig, folder: P
         with environment(WANDB_DATA_DIR=str(kept)):  # else the tables' pictures are kept in the home folder
             logged: dict[str, object] = {name: table(rows) for name, rows in page.tables.items()}
             logged |= {name: wandb.Image(picture) for name, picture in page.pictures.items()}
-            if page.trajectory is not None:
+            if len(page.distances):
                 # a chart of its own: a run's history only grows, and would show what was tracked before as well
-                steps = wandb.Table(columns=["step", "distance"], data=list(enumerate(page.trajectory.tolist())))
+                steps = wandb.Table(columns=["step", "distance"], data=list(enumerate(page.distances.tolist())))
                 logged["trajectory"] = wandb.plot.line(
                     steps, "step", "distance", title="distance of the handles to their targets, as tracked, px"
                 )
@@ -177,11 +178,10 @@ def pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Iterat
         report_files: as for `track`.
 
     Raises:
-        UserError: pandas is missing.
         StoreError: the results can't be read.
     """
     study, data = plan.study, measured(plan, store)
-    means = summary(data)
+    means, ways = summary(data), read_ways(plan, store)
 
     def identity(variant: str | None) -> str:
         return cache.digest(project=study.logger.project, results=store.url, study=study.name, variant=variant)
@@ -203,7 +203,7 @@ def pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Iterat
             notes,
             summary=_numbers(data, means, variant),
             tables={"samples": samples},
-            trajectory=_trajectory(plan, store, variant),
+            distances=distance_by_step(plan, ways, variant.name),
         )
     yield WandbPage(
         identity(None),
@@ -234,6 +234,8 @@ def _numbers(data: Measured, means: pd.DataFrame, variant: Variant) -> dict[str,
 
 def _samples(data: Measured, store: Store, variant: Variant) -> tuple[pd.DataFrame, str]:
     """A row for each measured edit, with the pictures of `PICTURED` of them evenly spread; and a note on these."""
+    import pandas as pd
+
     ours = data.scores[data.scores["variant"] == variant.name]
     rows = ours.pivot_table(index=["sample", "category", "seed"], columns="column", values="value", sort=True)
     rows = rows.reindex(columns=data.columns).reset_index()
@@ -246,8 +248,8 @@ def _samples(data: Measured, store: Store, variant: Variant) -> tuple[pd.DataFra
             edited = store.read(f"results/{data.plan.keys[variant.name, sample, seed]}/edited.png")
         sources.append(None if edited is None else _source(subjects[sample]))
         edits.append(None if edited is None else Image.open(io.BytesIO(edited)))
-    pictures = pandas().DataFrame({"source": sources, "edited": edits}, dtype=object)
-    rows = pandas().concat([rows[["sample", "category", "seed"]], pictures, rows[data.columns]], axis=1)
+    pictures = pd.DataFrame({"source": sources, "edited": edits}, dtype=object)
+    rows = pd.concat([rows[["sample", "category", "seed"]], pictures, rows[data.columns]], axis=1)
     note = f"Pictures of {len(chosen)} of the {len(rows)} edits." if len(chosen) < len(rows) else ""
     return rows, note
 
@@ -256,21 +258,3 @@ def _source(subject: Subject) -> Image.Image:
     """With its arrows; small ones are enlarged, so that one sees them."""
     sample = subject.sample
     return annotated(sample, scale=max(1.0, SHOWN_SIDE / max(sample.width, sample.height)))
-
-
-def _trajectory(plan: Plan, store: Store, variant: Variant) -> np.ndarray | None:
-    """Mean over edits of the handles' distance to their targets after each step, (steps + 1,), px of the image.
-
-    A drag that stopped early stays where it was.
-    """
-    curves = []
-    for subject in plan.subjects:
-        for seed in plan.study.seeds:
-            facts = store.read_json(f"results/{plan.keys[variant.name, subject.name, seed]}/{RESULT}") or {}
-            if "trajectory" in facts:
-                handles = np.array(facts["trajectory"], dtype=float)
-                curves.append(np.linalg.norm(handles - subject.sample.targets, axis=-1).mean(axis=1))
-    if not curves:
-        return None
-    longest = max(map(len, curves))
-    return np.mean([np.pad(curve, (0, longest - len(curve)), mode="edge") for curve in curves], axis=0)

@@ -56,6 +56,38 @@ class Failure(NamedTuple):
         return cls(reason, "".join(traceback.format_exception(error)))
 
 
+class Room:
+    """How many edits fit into a GPU's memory together, found out from the most that one has needed.
+
+    Attributes:
+        edits: that many; elsewhere, and at first, one.
+    """
+
+    def __init__(self, batch: int) -> None:
+        """
+        Args:
+            batch: how many the study says; 0 = it is to be found out.
+        """
+        self.edits = batch or 1
+        self._given, self._needed = batch > 0, 1.0  # bytes, the most that an edit has taken
+
+    @contextmanager
+    def measured(self, editor: Editor) -> Iterator[None]:
+        """Learns from a batch of an editor that is run meanwhile."""
+        device = editor.backbone.device
+        if self._given or device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.memory_allocated(device)
+        yield
+        if editor.ran_together:
+            needed = (torch.cuda.max_memory_allocated(device) - before) / editor.ran_together
+            self._needed = max(self._needed, needed)
+            held = torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+            self.edits = int(min(MOST, max(1, SHARE * free / self._needed)))
+
+
 class Worker:
     """One model, kept loaded, and the metrics'."""
 
@@ -69,8 +101,7 @@ class Worker:
         self._model = OneModel()
         self._gpu: torch.device | None = None  # that the model is on
         self._pictured: list[str] = []
-        self._room = study.batch or 1  # edits that fit into memory together
-        self._needed = 1.0  # bytes, the most that an edit has taken
+        self._room = Room(study.batch)
         self._suite: Suite | None = None
 
     def ping(self) -> None:
@@ -86,28 +117,25 @@ class Worker:
         return self._metrics().unavailable
 
     def pace(self, task: Task) -> float | None:
-        """Seconds that a forward of the denoiser takes for the picture of a task, median of a few. Loads the model.
+        """What a forward of the denoiser takes for the picture of a task. Loads the model.
 
-        None where that picture can't be had or is too large: then its edit will say so.
+        Returns:
+            Seconds, median of a few; None where the picture can't be had or is too large: its edit will say so.
         """
         assert task.config is not None
         editor = self._configured(task.config)
+        backbone, seconds = editor.backbone, []
         try:
-            return self._pace(task, task.config, editor)
+            shape = (1, backbone.latent_channels, *editor.size_class(task.subject.sample))
+            latent = torch.zeros(shape, device=backbone.device)
+            with _threads(self.study.threads), torch.no_grad():
+                condition = backbone.condition([""])
+                for _ in range(4):
+                    start = time.perf_counter()
+                    backbone.predict(latent, torch.tensor(500), condition).sum().item()
+                    seconds.append(time.perf_counter() - start)
         except (UserError, torch.OutOfMemoryError):
             return None
-
-    def _pace(self, task: Task, config: Config, editor: Editor) -> float:
-        image = task.subject.sample.resized(config.data.max_size).image
-        backbone = editor.backbone
-        shape = (1, backbone.latent_channels, *backbone.latent_size(*image.shape[:2]))
-        latent, seconds = torch.zeros(shape, device=backbone.device), []
-        with _threads(self.study.threads), torch.no_grad():
-            condition = backbone.condition([""])
-            for _ in range(4):
-                start = time.perf_counter()
-                backbone.predict(latent, torch.tensor(500), condition).sum().item()
-                seconds.append(time.perf_counter() - start)
         return float(np.median(seconds[1:]))
 
     def most_at_once(self, task: Task) -> int:
@@ -154,7 +182,14 @@ class Worker:
         return Outcome(task.key, scores)
 
     def distances_in_order(self, edits: list[tuple[Subject, str]]) -> dict[str, Values]:
-        """Mean distance with one noise generator for all edits (samples and their results' keys), by sample."""
+        """Mean distance with one noise generator for all edits.
+
+        Args:
+            edits: samples and their results' keys, in the order in which noise is drawn.
+
+        Returns:
+            By sample its values by column; those without a picture apart.
+        """
         suite = Suite(self._metrics().settings, ["distance"])  # its generator begins anew
         found: dict[str, Values] = {}
         with _threads(self.study.threads):
@@ -178,7 +213,7 @@ class Worker:
             else:
                 left.append(task)
         while left:
-            at_once, left = left[: self._room], left[self._room :]
+            at_once, left = left[: self._room.edits], left[self._room.edits :]
             for task, result in zip(at_once, self._edited(at_once), strict=True):
                 if isinstance(result, EditResult):
                     self.store.write_result(task.key, _files(result, task))
@@ -224,11 +259,7 @@ class Worker:
         return [result for task in tasks for result in self._edited([task])]
 
     def _check_gpu(self) -> None:
-        """Whether the GPU works, if there is one: where it does not, every edit would fail.
-
-        Raises:
-            DeviceLost: it does not.
-        """
+        """Raises DeviceLost where the GPU, if there is one, does not work: every edit would fail."""
         if not (self.device.startswith("cuda") or torch.cuda.is_initialized()):
             return
         try:
@@ -246,30 +277,14 @@ class Worker:
     def _edit(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError]:
         for steps in {task.lora_steps for task in tasks if len(task.lora_steps) > 1}:
             samples = [task.subject.sample for task in tasks if task.lora_steps == steps]
-            with self._measured(editor):
+            with self._room.measured(editor):
                 editor.share_loras(samples, steps)
         model = editor.config.model  # with this worker's device
         requests = [
             Request(task.subject.sample, dataclasses.replace(task.config, model=model)) for task in tasks if task.config
         ]
-        with self._measured(editor):
+        with self._room.measured(editor):
             return editor.edit_batch(requests)
-
-    @contextmanager
-    def _measured(self, editor: Editor) -> Iterator[None]:
-        """Finds out how many edits fit into the GPU's memory, from the most that one has needed."""
-        device = editor.backbone.device
-        if self.study.batch or device.type != "cuda":
-            yield
-            return
-        before = torch.cuda.memory_allocated(device)
-        yield
-        if editor.ran_together:
-            needed = (torch.cuda.max_memory_allocated(device) - before) / editor.ran_together
-            self._needed = max(self._needed, needed)
-            held = torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-            self._room = int(min(MOST, max(1, SHARE * free / self._needed)))
 
     def _configured(self, config: Config) -> Editor:
         if self.device and config.model.device == "auto":
@@ -301,14 +316,10 @@ class Worker:
         return scores
 
 
-def pooled_metrics(settings: MetricsConfig) -> list[str]:
-    """The metrics whose value for an edit depends on nothing but the edit."""
-    return [name for name in settings.names if name != COST and not (name == "distance" and settings.ordered)]
-
-
 def missing_scores(scores: Mapping[str, Values], settings: MetricsConfig) -> list[str]:
-    """The metrics for which a result has no scores yet."""
-    return [name for name in pooled_metrics(settings) if metric_key(name, settings) not in scores]
+    """The metrics for which a result has no scores yet, those apart that depend on other edits, too."""
+    own = [n for n in settings.names if n != COST and not (n == "distance" and settings.ordered)]
+    return [name for name in own if metric_key(name, settings) not in scores]
 
 
 def record_failure(store: Store, task: Task, reason: str, details: str = "") -> None:
