@@ -261,36 +261,26 @@ def _each_sample(
         configs: settings, one for each method, that agree in all but what methods have of their own.
         seen: told of each folder and what has become of its edit.
     """
-    from dragdiff import output
-    from dragdiff.loggers import check_login
-    from dragdiff.progress import Bars
-
     config = configs[0]
     jobs, failures = _by_each_method(configs) if len(configs) > 1 else _read(config, suffix=suffix, edits=edits)
     total = len(jobs) + len(failures)
-    output.check_writable(jobs[0][0])
-    check_login(config.logger)
+    _check_place_and_model(jobs[0][0])
 
-    from dragdiff.backbones.loading import check_model
-
-    check_model(config.model)
-    if config.image and config.model.path == "embedded":
-        warnings.warn(
-            "the embedded model knows only its own drawn scenes; for photographs name a model, e.g. configs/sd15.yaml",
-            stacklevel=2,
-        )
-
+    from dragdiff import output
     from dragdiff.editor import Editor, enough_memory
     from dragdiff.job import Request
+    from dragdiff.progress import Bars
 
     with closing(Bars()) as bars:
         editor, done = Editor(config, report=bars), 0
         for group in _batches(jobs, batch, editor):
             requests = [Request(sample, job, output.new_folder(job)) for job, sample in group]
+            if group[0][0].method != editor.config.method:
+                editor = editor.reconfigured(group[0][0])
             outcomes: Sequence[Outcome]
             try:
                 with enough_memory():
-                    outcomes = work(editor.reconfigured(group[0][0]), requests)
+                    outcomes = work(editor, requests)
             except UserError as error:
                 if total == 1:
                     raise
@@ -311,6 +301,25 @@ def _each_sample(
                     seen(request.folder, outcome)
             done += len(requests)
     return _report_failures(failures, total)
+
+
+def _check_place_and_model(config: Config) -> None:
+    """
+    Raises:
+        UserError: results can't be written or logged, or there is no such model.
+    """
+    from dragdiff import output
+    from dragdiff.backbones.loading import check_model
+    from dragdiff.loggers import check_login
+
+    output.check_writable(config)
+    check_login(config.logger)
+    check_model(config.model)
+    if config.image and config.model.path == "embedded":
+        warnings.warn(
+            "the embedded model knows only its own drawn scenes; for photographs name a model, e.g. configs/sd15.yaml",
+            stacklevel=2,
+        )
 
 
 def _batches(jobs: Jobs, size: int, editor: Editor) -> list[Jobs]:

@@ -357,7 +357,13 @@ def _unpickled(method: str, source: str, values: Json) -> Config:
 
 @functools.cache
 def config_class(method: Method) -> type[Config]:
-    """`Config` for a method: with a section of its name where it has settings of its own."""
+    """`Config` for a method: with a section of its name where it has settings of its own.
+
+    Raises:
+        UserError: it has the name of something else there.
+    """
+    if hasattr(Config, method.name) or method.name in Config.__dataclass_fields__:
+        raise UserError(f"METHOD.name is {method.name!r}, which is taken: give it another")
     if method.settings is None:
         return Config
     section = (method.name, method.settings, field(default_factory=method.settings))

@@ -155,7 +155,7 @@ class Editor:
             UserError: the requests don't fit into one batch.
         """
 
-        self._check_batch(requests)
+        _check_batch(self, requests)
         try:
             return self._run(requests)
         except torch.OutOfMemoryError:
@@ -202,26 +202,6 @@ class Editor:
 
     def _working(self, sample: EditSample) -> EditSample:
         return sample.resized(self.config.data.max_size)
-
-    def _check_batch(self, requests: Sequence[Request]) -> None:
-        if not requests:
-            raise UserError("a batch needs at least one edit")
-        sizes = set()
-        for request in requests:
-            with suppress(UserError):  # of one sample: `_edit` says so
-                sizes.add(self.size_class(request.sample))
-        if len(sizes) > 1:
-            raise UserError(f"the pictures of a batch need latents of one size, these have {sorted(sizes)}")
-        ours = shared_settings(self.config)
-        for config in (request.config for request in requests if request.config is not None):
-            check_settings(config)
-            theirs = shared_settings(config)
-            for key in ours:
-                if ours[key] != theirs.get(key):
-                    raise UserError(
-                        f"{key} is {theirs.get(key)!r} in one edit and {ours[key]!r} in another: the edits of a batch "
-                        "may differ in their samples and in what drag.* says, drag.features apart"
-                    )
 
     # ------------------------------------------------------------------------------------------- with files
 
@@ -373,6 +353,31 @@ class OneModel:
             self._editor = Editor(config, load_backbone(config.model))
             self._loaded = copy.copy(config.model)
         return self._editor.reconfigured(config, report=report)
+
+
+def _check_batch(editor: Editor, requests: Sequence[Request]) -> None:
+    """
+    Raises:
+        UserError: the requests don't fit into one batch.
+    """
+    if not requests:
+        raise UserError("a batch needs at least one edit")
+    sizes = set()
+    for request in requests:
+        with suppress(UserError):  # of one sample: its own edit says so
+            sizes.add(editor.size_class(request.sample))
+    if len(sizes) > 1:
+        raise UserError(f"the pictures of a batch need latents of one size, these have {sorted(sizes)}")
+    ours = shared_settings(editor.config)
+    for config in (request.config for request in requests if request.config is not None):
+        check_settings(config)
+        theirs = shared_settings(config)
+        for key in ours:
+            if ours[key] != theirs.get(key):
+                raise UserError(
+                    f"{key} is {theirs.get(key)!r} in one edit and {ours[key]!r} in another: the edits of a batch "
+                    "may differ in their samples and in what drag.* says, drag.features apart"
+                )
 
 
 def _check_pictures(method: Method, images: object, job: Job) -> None:

@@ -112,7 +112,5 @@ def _installed(name: str) -> Method:
 
 
 def _refuse_taken(method: Method, where: str) -> None:
-    from dragdiff.config import Config
-
-    if method.name in NAMES or hasattr(Config, method.name) or method.name in Config.__dataclass_fields__:
+    if method.name in NAMES:
         raise UserError(f"{where}: METHOD.name is {method.name!r}, which is taken: give it another")

@@ -183,10 +183,10 @@ def _markdown(
 ) -> str:
     plan = data.plan
     means: Means = {(row.category, row.column, row.variant): row for row in table.itertuples()}
-    reference = _text(plan.reference)
-    parts = [f"# {_text(plan.study.name)}"]
+    reference = text(plan.reference)
+    parts = [f"# {text(plan.study.name)}"]
     if plan.study.question:
-        parts.append(f"**Question:** {_text(plan.study.question)}")
+        parts.append(f"**Question:** {text(plan.study.question)}")
     parts += [
         *_what_was_run(data),
         "## Means",
@@ -216,7 +216,7 @@ def _markdown(
             parts += [f"## {heading}", f"![{heading}]({picture})", caption]
     parts += _failures(data)
     if unavailable:
-        rows = [(_text(name), _text(reason)) for name, reason in unavailable.items()]
+        rows = [(text(name), text(reason)) for name, reason in unavailable.items()]
         parts += ["## Metrics that could not be had", _rows(("metric", "reason"), rows)]
     parts += _files(plan, brief)
     return "\n\n".join(parts) + "\n"
@@ -246,23 +246,23 @@ def _what_was_run(data: Measured) -> list[str]:
     plan = data.plan
     categories = Counter(subject.category for subject in plan.subjects)
     seeds = ", ".join(map(str, plan.study.seeds))
-    samples = ", ".join(f"{count} {_text(name)}" for name, count in sorted(categories.items()))
-    source = "procedural scenes" if plan.study.data.path == SCENES else _text(Path(plan.study.data.path).name)
+    samples = ", ".join(f"{count} {text(name)}" for name, count in sorted(categories.items()))
+    source = "procedural scenes" if plan.study.data.path == SCENES else text(Path(plan.study.data.path).name)
     lost = data.failures[data.failures["seed"] != ""]
     failed = Counter(lost["variant"][lost["reason"] != ""])
     missing = Counter(lost["variant"][lost["reason"] == ""])
-    named = any(_text(variant.name) != _settings(variant) for variant in sheets.edits(plan))
+    named = any(text(variant.name) != _settings(variant) for variant in sheets.edits(plan))
     rows = []
     for variant in plan.variants:
         name, total = variant.name, len(plan.subjects) * len(plan.seeds(variant))
         counts = (total - failed[name] - missing[name], failed[name], missing[name])
-        rows.append((_text(name), *([_settings(variant)] if named else ()), *counts))
+        rows.append((text(name), *([_settings(variant)] if named else ()), *counts))
     done, bad, left = (sum(int(row[place]) for row in rows) for place in (-3, -2, -1))
     state = "" if not left else " **The study is not finished.**"
     return [
         f"{len(plan.subjects)} samples of {source} ({samples}), seed{'s' if len(plan.study.seeds) > 1 else ''} "
         f"{seeds}. Of {done + bad + left} edits {done} are measured, {bad} failed, {left} are missing.{state} "
-        f"The variants are compared with {_text(plan.reference)}. {_methods(plan)}",
+        f"The variants are compared with {text(plan.reference)}. {_methods(plan)}",
         "## What was run",
         _rows(("variant", *(["settings"] if named else ()), "measured", "failed", "missing"), rows),
     ]
@@ -271,7 +271,7 @@ def _what_was_run(data: Measured) -> list[str]:
 def _settings(variant: Variant) -> str:
     if variant.baseline:
         return "baseline"
-    return _text(", ".join(f"{key}={show(value)}" for key, value in variant.settings.items())) or "default"
+    return text(", ".join(f"{key}={show(value)}" for key, value in variant.settings.items())) or "default"
 
 
 def _means(plan: Plan, means: Means, columns: Sequence[str]) -> str:
@@ -285,8 +285,8 @@ def _means(plan: Plan, means: Means, columns: Sequence[str]) -> str:
         for row in found:
             cells.append(_interval(row.column, row.value, row.low, row.high))
             if row.column in published:
-                cells.append(_text(str(plan.study.published.get(variant.name, {}).get(row.column, "–"))))
-        rows.append((_text(variant.name), images, *cells))
+                cells.append(text(str(plan.study.published.get(variant.name, {}).get(row.column, "–"))))
+        rows.append((text(variant.name), images, *cells))
     headings = [heading for c in columns for heading in [title(c), *(["published"] if c in published else [])]]
     return _rows(("variant", "images", *headings), rows)
 
@@ -302,7 +302,7 @@ def _differences(plan: Plan, means: Means, columns: Sequence[str]) -> str:
             cell = _interval(column, row.difference, row.difference_low, row.difference_high, "+")
             apart = row.difference_low > 0 or row.difference_high < 0
             cells.append(f"**{cell}**" if apart else cell)
-        rows.append((_text(variant.name), *cells))
+        rows.append((text(variant.name), *cells))
     return _rows(("variant", *map(title, columns)), rows)
 
 
@@ -310,7 +310,7 @@ def _by_category(plan: Plan, means: Means, column: str, categories: Sequence[str
     rows = []
     for variant in plan.variants:
         found = [means[category, column, variant.name] for category in categories]
-        rows.append((_text(variant.name), *(_interval(column, row.value, row.low, row.high) for row in found)))
+        rows.append((text(variant.name), *(_interval(column, row.value, row.low, row.high) for row in found)))
     return _rows(("variant", *map(_text, categories)), rows)
 
 
@@ -326,19 +326,19 @@ def _failures(data: Measured) -> list[str]:
     edits = lost[lost["seed"] != ""]
     rows = []
     for (reason, variant), group in edits.groupby(["reason", "variant"], sort=True):
-        rows.append((_text(reason), _text(variant), len(group), _some(sorted(set(group["sample"])))))
+        rows.append((text(reason), text(variant), len(group), _some(sorted(set(group["sample"])))))
     parts = ["## Failures"]
     if rows:
         parts.append(_rows(("reason", "variant", "edits", "samples"), rows))
     if data.plan.broken:
-        broken = [(_text(name), _text(reason)) for name, reason in sorted(data.plan.broken)]
+        broken = [(text(name), text(reason)) for name, reason in sorted(data.plan.broken)]
         parts += ["Samples that could not be read:", _rows(("sample", "reason"), broken)]
     return parts
 
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return _text(", ".join(names[:LISTED])) + more
+    return text(", ".join(names[:LISTED])) + more
 
 
 def _files(plan: Plan, brief: bool) -> list[str]:
@@ -360,6 +360,6 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _text(value: str) -> str:
+def text(value: str) -> str:
     """Any text as Markdown that shows it as it is, on one line, also in a table."""
     return re.sub(r"([\\`*\[\]<>|~$&#!]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(value.split()))

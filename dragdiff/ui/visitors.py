@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from dragdiff.aliases import Json
 from dragdiff.errors import UserError
-from dragdiff.ui.runs import Run
+
+if TYPE_CHECKING:
+    from dragdiff.ui.runs import Run
 
 PICTURES_EACH = 20  # opened pictures of a visitor that are kept; runs have copies of theirs
 MOST_VISITORS = 1000
