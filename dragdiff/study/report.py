@@ -311,7 +311,7 @@ def _by_category(plan: Plan, means: Means, column: str, categories: Sequence[str
     for variant in plan.variants:
         found = [means[category, column, variant.name] for category in categories]
         rows.append((text(variant.name), *(_interval(column, row.value, row.low, row.high) for row in found)))
-    return _rows(("variant", *map(_text, categories)), rows)
+    return _rows(("variant", *map(text, categories)), rows)
 
 
 def _interval(column: str, value: float, low: float, high: float, sign: str = "-") -> str:
