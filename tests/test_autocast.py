@@ -10,12 +10,17 @@ from dragdiff.callbacks import DragCallback
 from dragdiff.config import load_config
 from dragdiff.stages import adapters
 
-# bf16 has 8 bits of mantissa: each operation of a forward is off by up to 2^-8 of its result. Of sums over a network's
-# layers that leaves some per cent; a wrong scale, or a gradient that was lost, is off by its whole size.
-ROUNDING = 0.1
+# bf16 keeps 8 bits: an operation is off by up to 2^-9 of its result, a network's output by some per cent. A wrong
+# scale, or a gradient that is lost, is off by its own size.
+FIRST, LATER = 0.02, 0.25  # losses, relative: from one latent; and after updates by rounded gradients
+ALIKE = (
+    0.9  # cosine of what the LoRAs have learned: AdamW's steps go by the gradients' signs, of which rounding has some
+)
+LEVELS = 5  # of 255, mean over the picture, whose standard deviation is 39
 SETTINGS = {
     "dragdiffusion": ["drag.steps=4"],
     "dragnoise": ["drag.steps=4"],
+    "fastdrag": [],
     "gooddrag": ["gooddrag.levels=2", "gooddrag.trackings=2", "gooddrag.updates=1"],
 }
 
@@ -61,17 +66,15 @@ def test_edit_in_mixed_precision(method, tiny_pipeline):
     settings = [f"method={method}", *SETTINGS[method]]
     plain, watched, lora = edit(tiny_pipeline, "none", *settings)
     mixed, watched_mixed, lora_mixed = edit(tiny_pipeline, "bf16", *settings)
-    assert watched.types == {torch.float32}
-    assert watched_mixed.types == {torch.bfloat16}  # it was on
-    assert mixed.steps == plain.steps == len(watched_mixed.losses) > 0
-    assert np.isfinite(watched_mixed.losses).all()
-    # the first step starts from the same latent but for the LoRA; from the second on handles may differ
-    assert watched_mixed.losses[0] == pytest.approx(watched.losses[0], rel=ROUNDING, abs=1e-3)
-    for path, up in lora.up.items():
-        assert lora_mixed.up[path].dtype == torch.float32
-        assert torch.isfinite(lora_mixed.up[path]).all()
-        # AdamW's steps are about lr in each entry, whatever the gradient's size
-        assert 0 < lora_mixed.up[path].abs().max() < 2 * up.abs().max()
-    # a drag by Adam may go apart where rounding decides a sign: by lr a step, of latents of size 1
-    difference = np.abs(mixed.image.astype(int) - plain.image).mean()
-    assert difference < 255 * ROUNDING
+    for path, up in lora_mixed.up.items():
+        assert up.dtype == torch.float32, path
+    learned, learned_mixed = (torch.cat([up.flatten() for up in own.up.values()]) for own in (lora, lora_mixed))
+    assert float(learned_mixed.norm()) == pytest.approx(float(learned.norm()), rel=0.05)
+    assert float(torch.cosine_similarity(learned, learned_mixed, dim=0)) > ALIKE
+    assert not torch.equal(learned, learned_mixed)  # it was on
+    assert np.abs(mixed.image.astype(int) - plain.image).mean() < LEVELS
+    if method != "fastdrag":
+        assert (watched.types, watched_mixed.types) == ({torch.float32}, {torch.bfloat16})
+        assert mixed.steps == plain.steps == len(watched_mixed.losses) == 4
+        assert watched_mixed.losses[0] == pytest.approx(watched.losses[0], rel=FIRST)
+        assert watched_mixed.losses == pytest.approx(watched.losses, rel=LATER)
