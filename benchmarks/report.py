@@ -46,6 +46,46 @@ def _number(stage: dict[str, float], key: str, style: str) -> str:
     return format(stage[key], style) if key in stage else "-"
 
 
+def parts_table(results: dict[str, Any]) -> str:
+    """The results of benchmarks/gpu.py for people, in Markdown."""
+    machine = results["machine"]
+    lines = [f"{machine['device']}, torch {machine['torch']}\n" if machine else "no machine\n"]
+    lines += ["| part | state | s | found |", "|---|---|---|---|"]
+    for name, part in results["parts"].items():
+        said = [*_sentences(part["found"]), *([part["why"]] if part["why"] else [])]
+        lines.append(f"| {name} | {part['state']} | {part['seconds']:.0f} | {'<br>'.join(said).replace('|', '/')} |")
+    return "\n".join(lines)
+
+
+def _sentences(found: dict[str, Any]) -> list[str]:
+    """What a part found."""
+    lines = []
+    for name, value in found.get("functions", {}).items():
+        lines.append(f"{name}: {value:.2g} from the CPU")
+    for name, checks in found.get("runs", {}).items():
+        worst = max(checks, key=lambda check: checks[check]["of_tolerance"])
+        lines.append(
+            f"{name}: at most {checks[worst]['deviation']:.2g} from the published code ({worst}, "
+            f"{checks[worst]['of_tolerance']:.2g} of the tolerance)"
+        )
+        lines += [f"{name}, {check}: {said['wrong']}" for check, said in checks.items() if "wrong" in said]
+    for name, stage in found.get("stages", {}).items():
+        spread = f"{stage['ratio_low']:.2f}-{stage['ratio_high']:.2f}"
+        lines.append(f"{name}: {stage['seconds']:.4g} s a step, {stage['ratio']:.2f} forwards ({spread})")
+    lines += found.get("notes", [])
+    if "of_stages" in found:
+        parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in found["of_stages"].items())
+        lines.append(f"{found['seconds']:.3g} s ({parts}), {found['drag_steps']} drag steps")
+    if "ratio" in found:
+        spread = f"{found['ratio_low']:.2f}-{found['ratio_high']:.2f}"
+        lines.append(f"a drag step takes {found['ratio']:.2f} ({spread}) of one by one")
+    if "peak_mb" in found:
+        lines.append(f"peak {found['peak_mb']:.0f} MB")
+    if "forward_seconds" in found:
+        lines.append(f"a bare forward: {found['forward_seconds']:.4g} s")
+    return lines
+
+
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
     """What changed from one run's results to another's."""
     lines = [f"{'':<14} {'before':>9} {'after':>9} {'change':>8}"]

@@ -1,4 +1,4 @@
-"""What benchmarks/speed.py measures, and how."""
+"""What benchmarks/speed.py and benchmarks/gpu.py measure, and how."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dragdiff.config import loaded
-from dragdiff.options import at_least, check_values, one_of, option
+from dragdiff.options import at_least, check_values, more_than, one_of, option
 
 STEPS_ON_A_GPU = 16  # that are timed of a stage
 
@@ -36,6 +36,21 @@ class BenchmarkConfig:
     output: str = option("", "JSON file for the results; empty = none")
 
 
+@dataclass
+class GPUConfig:
+    """What benchmarks/gpu.py measures."""
+
+    minutes: float = option(6.0, "after which it is over", more_than(0))
+    device: str = option("cuda", "as model.device")
+    model: str = option("sd15-random", "as of benchmarks/speed.py, of all parts but `numbers`")
+    size: int = option(0, "side of the picture, px; 0 = what the model was trained with", at_least(0))
+    parts: list[str] = option([], "which parts; empty = all")
+    warmup: int = option(2, "first steps of a stage, not timed", at_least(1))
+    steps: int = option(STEPS_ON_A_GPU, "steps of a stage that are timed, after those", at_least(1))
+    repeats: int = option(3, "repetitions", at_least(1))
+    output: str = option("gpu.json", "JSON file for the results; a table goes beside it, as .md")
+
+
 def load_benchmark(overrides: Sequence[str] = ()) -> BenchmarkConfig:
     """As `load_config`, of a benchmark's settings, in `key=value`.
 
@@ -43,5 +58,16 @@ def load_benchmark(overrides: Sequence[str] = ()) -> BenchmarkConfig:
         UserError: as `load_config`.
     """
     settings = loaded(BenchmarkConfig, [], overrides)
+    check_values(settings)
+    return settings
+
+
+def load_gpu(overrides: Sequence[str] = ()) -> GPUConfig:
+    """As `load_benchmark`, of the settings of benchmarks/gpu.py.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    settings = loaded(GPUConfig, [], overrides)
     check_values(settings)
     return settings

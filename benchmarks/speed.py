@@ -37,7 +37,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -119,13 +119,17 @@ def load(settings: BenchmarkConfig) -> StableDiffusion:
     """
     if settings.model in RANDOM:
         device = resolve_device(settings.device)
-        pipeline = random_pipeline(tiny=settings.model == "tiny", dtype=settings.dtype)
+        pipeline = random_pipeline(tiny=settings.model == "tiny", dtype=settings.dtype, device=device)
         return StableDiffusion(pipeline.to(device), name=settings.model)
-    return load_backbone(_model_config(settings).model)
+    return load_backbone(model_config(settings).model)
 
 
-def random_pipeline(*, tiny: bool, dtype: str) -> Any:
-    """A diffusers pipeline of Stable Diffusion 1.5's structure with random weights; `tiny` has a few channels only."""
+def random_pipeline(*, tiny: bool, dtype: str, device: torch.device) -> Any:
+    """A diffusers pipeline of Stable Diffusion 1.5's structure with random weights; `tiny` has a few channels only.
+
+    Args:
+        device: draws the weights.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.utils import logging
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -139,7 +143,7 @@ def random_pipeline(*, tiny: bool, dtype: str) -> Any:
         unet |= small | {"cross_attention_dim": 8, "attention_head_dim": 2}
         vae |= small
         text |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), device:
         torch.manual_seed(0)
         parts = {
             "unet": UNet2DConditionModel.from_config(unet),
@@ -156,7 +160,7 @@ def random_pipeline(*, tiny: bool, dtype: str) -> Any:
     )
 
 
-def _model_config(settings: BenchmarkConfig) -> Config:
+def model_config(settings: BenchmarkConfig) -> Config:
     keys: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype, "autocast": settings.autocast}
     keys |= {"memory": settings.memory, "compile": settings.compile}
     overlays: list[Any] = []
@@ -188,7 +192,7 @@ def editor(
     }
     for name, section in sections.items():
         given[name] = given.get(name, {}) | section
-    config = dataclasses.replace(load_config([given]), model=_model_config(settings).model)
+    config = dataclasses.replace(load_config([given]), model=model_config(settings).model)
     return Editor(config, backbone)
 
 
@@ -328,28 +332,41 @@ def operations(
 
 
 def times(
-    settings: BenchmarkConfig, backbone: StableDiffusion, adapter: str, names: Sequence[str], clock: Clock
+    settings: BenchmarkConfig,
+    backbone: StableDiffusion,
+    adapter: str,
+    names: Sequence[str],
+    clock: Clock,
+    forward: Callable[[Stage], float],
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of a step of each stage, and of the forwards around it, one of each for each repetition."""
+    """Seconds of a step of each stage, and of the forwards around it, one of each for each repetition.
+
+    Args:
+        forward: seconds of the bare forward that a stage is compared with.
+    """
     steps = settings.warmup + settings.steps
     seconds: dict[str, list[float]] = {name: [] for name in names}
     forwards: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(settings.repeats):
+        for measured in _edits(names):
+            edit = editor(settings, backbone, steps=steps, adapter=_adapter(measured, adapter))
+            around: dict[str, list[float]] = {name: [] for name in measured}
 
-    alone = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=alone, initializer=_load_alone, initargs=(settings,)) as pool:
-        for repeat in range(settings.repeats):
-            for measured in _edits(names):
-                edit = editor(settings, backbone, steps=steps, adapter=_adapter(measured, adapter))
-                around: dict[str, list[float]] = {name: [] for name in measured}
+            def time_forward(name: str, step: int, around: dict[str, list[float]] = around) -> None:
+                around[name].append(forward(STAGES[name]))
 
-                def time_forward(name: str, step: int, around: dict[str, list[float]] = around) -> None:
-                    around[name].append(pool.submit(_forward_seconds, STAGES[name]).result())
-
-                for name, took in step_seconds(edit, measured, settings, clock, aside=time_forward).items():
-                    seconds[name].append(took)
-                    forwards[name].append(mean(around[name]))
-            print(f"repetition {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)
+            for name, took in step_seconds(edit, measured, settings, clock, aside=time_forward).items():
+                seconds[name].append(took)
+                forwards[name].append(mean(around[name]))
+        print(f"repetition {repeat + 1} of {settings.repeats}", file=sys.stderr, flush=True)
     return seconds, forwards
+
+
+def forward_seconds(edit: Editor, size: int, clock: Clock, stage: Stage) -> float:
+    """Seconds of the bare forward that a stage is compared with: the second of two."""
+    forward = bare_forward(edit, size, rows=stage.rows, autocast=stage.autocast)
+    forward()
+    return clock.time(forward)
 
 
 _alone: tuple[Editor, int, Clock]  # in the process of the bare forwards: their model, side of the picture, and clock
@@ -361,12 +378,28 @@ def _load_alone(settings: BenchmarkConfig) -> None:
     _alone = editor(settings, backbone, steps=1, adapter=""), settings.size, make_clock(settings, backbone.device)
 
 
-def _forward_seconds(stage: Stage) -> float:
-    """Seconds of the bare forward that a stage is compared with."""
-    edit, size, clock = _alone
-    forward = bare_forward(edit, size, rows=stage.rows, autocast=stage.autocast)
-    forward()
-    return clock.time(forward)
+def _forward_alone(stage: Stage) -> float:
+    return forward_seconds(*_alone, stage)
+
+
+@contextmanager
+def forwards_alone(settings: BenchmarkConfig) -> Iterator[Callable[[Stage], float]]:
+    """Bare forwards in a process of their own, with the model once more."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_load_alone, initargs=(settings,)) as pool:
+        yield lambda stage: pool.submit(_forward_alone, stage).result()
+
+
+def compared(seconds: Sequence[float], forwards: Sequence[float]) -> dict[str, float]:
+    """What a stage's repetitions come to: their ratios to the bare forwards beside them, and the medians of both."""
+    ratios = [step / forward for step, forward in zip(seconds, forwards, strict=True)]
+    return {
+        "ratio": median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "seconds": median(seconds),
+        "forward_seconds": median(forwards),
+    }
 
 
 def step_seconds(
@@ -401,14 +434,23 @@ def step_seconds(
     return found
 
 
-def together(settings: BenchmarkConfig, backbone: StableDiffusion, clock: Clock) -> dict[str, dict[str, float]]:
+def together(
+    settings: BenchmarkConfig,
+    backbone: StableDiffusion,
+    clock: Clock,
+    measured: Sequence[str] = ("lora", "drag, mask"),
+    **sections: Any,
+) -> dict[str, dict[str, float]]:
     """What `settings.batch` edits of different pictures take at once: the median, least and most of the ratio of a step
     to that of as many edits one by one.
+
+    Args:
+        sections: as for `editor`.
     """
-    measured, count = ["lora", "drag, mask"], settings.batch
+    count = settings.batch
     ratios: dict[str, list[float]] = {name: [] for name in measured}
     for repeat in range(settings.repeats):
-        edit = editor(settings, backbone, steps=settings.warmup + settings.steps, adapter="")
+        edit = editor(settings, backbone, steps=settings.warmup + settings.steps, adapter="", **sections)
         took = {}
         for edits in (1, count) if repeat % 2 == 0 else (count, 1):  # what drifts goes both ways
             took[edits] = step_seconds(edit, measured, settings, clock, count=edits)
@@ -601,27 +643,22 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         backbone = load(settings)
-        adapter = _random_lora(backbone, Path(folder))
+        adapter = random_lora(backbone, Path(folder))
         device = backbone.device
         clock = make_clock(settings, device)
-        results |= {"clock": clock.kind, "machine": _machine(device)}
+        results |= {"clock": clock.kind, "machine": machine(device)}
         if settings.repeats:
             results["overhead"] = overhead(settings, clock)  # first, while memory is as the system gave it
             gflop = operations(settings, backbone, adapter, names)
             half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(_autocast(settings, backbone))
             plain = DTYPES[settings.dtype]
             roofs = {dtype: matmul_gflops(clock, dtype) for dtype in {plain, half or plain}}
-            seconds, forwards = times(settings, backbone, adapter, names, clock)
+            with forwards_alone(settings) as forward:
+                seconds, forwards = times(settings, backbone, adapter, names, clock, forward)
             results |= {"roof_gflop_per_s": round(roofs[plain]), "forward_gflop": gflop["forward"]}
             for name, stage in stages.items():
                 roof = roofs[half or plain if STAGES[name].autocast else plain]
-                ratios = [step / forward for step, forward in zip(seconds[name], forwards[name], strict=True)]
-                stage |= {
-                    "ratio": median(ratios),
-                    "ratio_low": min(ratios),
-                    "ratio_high": max(ratios),
-                    "seconds": median(seconds[name]),
-                    "forward_seconds": median(forwards[name]),
+                stage |= compared(seconds[name], forwards[name]) | {
                     "gflop": gflop[name],
                     "over_roof": median(seconds[name]) * roof / gflop[name],
                 }
@@ -633,6 +670,11 @@ def measure(settings: BenchmarkConfig) -> dict[str, Any]:
         if settings.memory_peaks:
             for name, found in peaks(settings, adapter, names).items():
                 stages[name] |= found
+    return rounded(results)
+
+
+def rounded(results: dict[str, Any]) -> dict[str, Any]:
+    """Results with four digits, as JSON has them."""
     return json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
@@ -647,7 +689,7 @@ def _autocast(settings: BenchmarkConfig, backbone: StableDiffusion) -> str:
     return editor(settings, backbone, steps=1, adapter="").autocast
 
 
-def _random_lora(backbone: StableDiffusion, folder: Path) -> str:
+def random_lora(backbone: StableDiffusion, folder: Path) -> str:
     """A LoRA of the default rank, so that an edit has one to merge without training it."""
     rank = Config().lora.rank
     start = lora.trainable(backbone.network, backbone.lora_targets, rank=rank, alpha=float(rank), seed=0, pictures=1)
@@ -655,7 +697,7 @@ def _random_lora(backbone: StableDiffusion, folder: Path) -> str:
         return str(lora_file.save(current(0), folder))
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 

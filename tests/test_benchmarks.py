@@ -167,9 +167,9 @@ def test_a_bare_forward_runs_where_no_edit_has_changed_anything(speed, monkeypat
     settings = speed.BenchmarkConfig(model="tiny", size=64, repeats=1)
     backbone = speed.load(settings)
     monkeypatch.setattr(speed, "bare_forward", here)
-    seconds, forwards = speed.times(
-        settings, backbone, "", ["lora", "decode"], speed.make_clock(settings, backbone.device)
-    )
+    clock = speed.make_clock(settings, backbone.device)
+    with speed.forwards_alone(settings) as forward:
+        seconds, forwards = speed.times(settings, backbone, "", ["lora", "decode"], clock, forward)
     assert all(took > 0 for name in ("lora", "decode") for took in (*seconds[name], *forwards[name]))
 
 

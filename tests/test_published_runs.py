@@ -22,6 +22,7 @@ from dragdiff.modules import ddim, tracking
 from dragdiff.modules.features import FeatureMap
 
 FILES = {name: np.load(METHODS / f"{name}.npz") for name in ("gooddrag", "dragnoise")}
+DEVICE = "cpu"  # where the stand-in runs
 # In this run's L1 loss a sign flips by rounding: from that update on latents go apart, handles and counts don't.
 SIGN_FLIPS = {"gooddrag:early_stop": 31}
 
@@ -66,9 +67,9 @@ class Run:
 
 def run(method: str, case: str, patch: pytest.MonkeyPatch, height: int, width: int, *settings: str) -> Run:
     file = FILES[method]
-    model, start = toy.Toy(toy.weights(file, case)), torch.from_numpy(file[f"run:{case}:z_t"])
+    model, start = toy.Toy(toy.weights(file, case, DEVICE)), torch.from_numpy(file[f"run:{case}:z_t"]).to(DEVICE)
     overrides = [
-        *(f"method={method}", "lora.steps=0", "cache.enabled=false", "output.frames_every=0"),
+        *(f"method={method}", "lora.steps=0", "cache.enabled=false", "output.frames_every=0", "model.autocast=none"),
         *(["control.enabled=false"] if method == "gooddrag" else []),
         *("drag.features=[features]", f"{method}.empty_mask=everything", *settings),
     ]

@@ -126,6 +126,14 @@ class Replay:
         return output, features
 
     @property
+    def device(self) -> torch.device:
+        return self.editor.backbone.device
+
+    def there(self, values: np.ndarray) -> Tensor:
+        """What was recorded, on the model's device."""
+        return torch.from_numpy(values).to(self.device)
+
+    @property
     def t(self) -> Tensor:
         return torch.tensor(int(self.trace["t"]))
 
@@ -134,10 +142,10 @@ class Replay:
         """The recorded latent at the drag's timestep."""
         steps = self.editor.config.ddim.taken
         index = 50 - steps if self.settings.get("gen") else steps
-        return recorded(self.trace, "path", index)
+        return recorded(self.trace, "path", index).to(self.device)
 
     def latent_before(self, step: int) -> Tensor:
-        return self.source if step == 0 else recorded(self.trace, "latent", step - 1)
+        return self.source if step == 0 else recorded(self.trace, "latent", step - 1).to(self.device)
 
     @contextmanager
     def model(self) -> Iterator[None]:
@@ -196,6 +204,7 @@ def case_of(case: str, tiny_sd: Path) -> tuple[dict[str, np.ndarray], dict[str, 
     overrides = [
         f"model.path={tiny_sd}",
         "model.device=cpu",
+        "model.autocast=none",
         "cache.enabled=false",
         "output.frames_every=0",
         "lora.steps=0",
@@ -226,17 +235,22 @@ def case_of(case: str, tiny_sd: Path) -> tuple[dict[str, np.ndarray], dict[str, 
 
 
 @pytest.fixture(scope="module", params=[pytest.param(case, marks=pytest.mark.slow) for case in SCENES])
-def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
-    case = request.param
+def replay(request, backbone, tiny_sd) -> Replay:
+    return replayed(request.param, backbone, tiny_sd)
+
+
+def replayed(case: str, backbone: StableDiffusion, tiny_sd: Path) -> Replay:
+    """Run a case with the pipeline in `tiny_sd`, on whatever device the backbone has it."""
     trace, settings, sample, overrides = case_of(case, tiny_sd)
     editor = Editor(load_config(overrides=overrides), backbone)
     steps = editor.config.ddim.taken
     index = 50 - steps if settings.get("gen") else steps
-    start = recorded(trace, "path", index)
+    start = recorded(trace, "path", index).to(backbone.device)
 
     def with_recorded_embedding(condition: Condition) -> Condition:
         (embeddings,) = condition.values()
-        return dict.fromkeys(condition, torch.from_numpy(load("gen256")["embedding"])[-len(embeddings) :])
+        replacement = torch.from_numpy(load("gen256")["embedding"])[-len(embeddings) :]
+        return dict.fromkeys(condition, replacement.to(backbone.device))
 
     def with_recorded_start(path: list[Tensor]) -> list[Tensor]:
         return [*path[:index], start, *path[index + 1 :]]
@@ -252,7 +266,7 @@ def replay(request, backbone, tiny_sd) -> Iterator[Replay]:
         generated = spy(patch, sources, "generated", lambda made: (made[0], with_recorded_start(made[1]), made[2]))
         source, edited = spy_denoising(patch, backbone)
         result = editor.edit(sample, callbacks=[recorder])
-    yield Replay(
+    return Replay(
         case=case,
         trace=trace,
         settings=settings,
@@ -278,7 +292,12 @@ def plain_attention(backbone: StableDiffusion) -> Iterator[None]:
 
 
 def near(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray, tolerance: float) -> None:
-    np.testing.assert_allclose(np.asarray(actual.detach()), np.asarray(expected), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(host(actual), host(expected), rtol=0, atol=tolerance)
+
+
+def host(values: Tensor | np.ndarray) -> np.ndarray:
+    """Values in the CPU's memory."""
+    return values.numpy(force=True) if isinstance(values, Tensor) else values
 
 
 # --- before the drag ----------------------------------------------------------------------------------------
@@ -308,12 +327,12 @@ def test_source_picture(replay):
 
 def test_points_and_mask(replay):
     trace, drag = replay.trace, replay.drag
-    np.testing.assert_array_equal(drag.points.initial, trace["handle0"])
-    np.testing.assert_array_equal(drag.points.targets, trace["target"])
+    np.testing.assert_array_equal(host(drag.points.initial), trace["handle0"])
+    np.testing.assert_array_equal(host(drag.points.targets), trace["target"])
     if replay.case == "nomask256":
         assert drag.mask is None
     else:
-        np.testing.assert_array_equal(1 - drag.mask.keep, trace["mask_latent"])
+        np.testing.assert_array_equal(1 - host(drag.mask.keep), trace["mask_latent"])
 
 
 @pytest.mark.parametrize("attention", ["fused", "plain"])
@@ -331,7 +350,7 @@ def test_first_forward(replay, attention):
     near(output, trace["unet_out_0"], FORWARD)
     near(features[:, ::4], trace["F0_raw"], FORWARD)
     grid = tuple(side // 2 for side in replay.sample.image.shape[:2])
-    at_handles = FeatureMap([features[:1]], grid).at(torch.from_numpy(trace["handle0"]))
+    at_handles = FeatureMap([features[:1]], grid).at(replay.there(trace["handle0"]))
     near(at_handles, trace["F0_at_handles"], FORWARD)
 
     scheduler = backbone.scheduler(50)
@@ -362,28 +381,28 @@ def test_each_step_from_its_recorded_state(replay):
             moved = tracking.nearest(
                 features,
                 templates=drag.templates,
-                handles=torch.from_numpy(trace["track_before_seq"][step - 1]),
+                handles=replay.there(trace["track_before_seq"][step - 1]),
                 radius=3,
             )
             decided = trace["track_margin_seq"][step - 1, :, 1] > DECIDED
-            np.testing.assert_array_equal(moved[decided], trace["track_after_seq"][step - 1][decided])
+            np.testing.assert_array_equal(host(moved)[decided], trace["track_after_seq"][step - 1][decided])
         if step == len(trace["loss_total_seq"]):  # after the last update
             continue
 
         motion_loss = motion.one_step(
             features,
-            handles=torch.from_numpy(trace["handle_at_step_seq"][step]),
-            targets=torch.from_numpy(trace["target"]),
+            handles=replay.there(trace["handle_at_step_seq"][step]),
+            targets=replay.there(trace["target"]),
             radius=1,
             stop_distance=2,
         )
-        mask_loss = torch.zeros(())
+        mask_loss = torch.zeros((), device=replay.device)
         if drag.mask is not None:
             mask = drag.mask
             previous = ddim.move(
                 latent, output, alpha=mask.alpha, alpha_to=mask.alpha_below, prediction_type=mask.prediction_type
             )
-            initial = torch.from_numpy(trace["x_prev_0"]) if step else previous.detach()
+            initial = replay.there(trace["x_prev_0"]) if step else previous.detach()
             assert (previous - initial).abs().max().item() == pytest.approx(
                 trace["xprev_absdiff_max_seq"][step], abs=FORWARD
             )
@@ -402,17 +421,17 @@ def test_each_step_from_its_recorded_state(replay):
 
 
 def same_gradient(actual: Tensor, expected: Tensor | np.ndarray) -> None:
-    near(actual, expected, LOSS * float(np.abs(np.asarray(expected)).max()))
+    near(actual, expected, LOSS * float(np.abs(host(expected)).max()))
 
 
 def test_handles(replay):
     trace, recorder = replay.trace, replay.recorder
     recorded_steps = trace["handle_at_step_seq"]
     assert len(recorder.latents) == len(recorded_steps)
-    np.testing.assert_array_equal(recorder.handles[0], recorded_steps[0])
+    np.testing.assert_array_equal(host(recorder.handles[0]), recorded_steps[0])
     for step, (after, margin) in enumerate(zip(trace["track_after_seq"], trace["track_margin_seq"], strict=True), 1):
         decided = margin[:, 1] > DECIDED
-        np.testing.assert_array_equal(recorder.handles[step][decided], after[decided])
+        np.testing.assert_array_equal(host(recorder.handles[step])[decided], after[decided])
 
 
 def test_losses_and_gradients(replay):
@@ -434,7 +453,7 @@ def test_latents(replay):
     free = open_signs(replay)
     assert free.sum() == {"skip_break256": 2, "gen256": 1}.get(replay.case, 0)
     for step in replay.trace["latent_idx"]:
-        actual, expected = replay.recorder.latents[step][0], recorded(replay.trace, "latent", step)[0]
+        actual, expected = replay.recorder.latents[step][0].cpu(), recorded(replay.trace, "latent", step)[0]
         flipped = step >= SIGN_FLIPS.get(replay.case, len(replay.recorder.latents))
         near(actual[~free], expected[~free], 2 * replay.settings["latent_lr"] if flipped else LATENT)
         near(actual[free], expected[free], 2 * replay.settings["latent_lr"])
@@ -444,7 +463,7 @@ def test_end_of_the_drag(replay):
     trace, result = replay.trace, replay.result
     assert result.steps == trace["drag_steps_done"]
     assert result.stop_reason == ("reached" if replay.case == "skip_break256" else "steps")
-    np.testing.assert_array_equal(replay.drag.points.handles, trace["handles_final"])
+    np.testing.assert_array_equal(host(replay.drag.points.handles), trace["handles_final"])
 
 
 # --- after the drag -----------------------------------------------------------------------------------------
@@ -456,7 +475,7 @@ def test_denoising_of_both_branches(replay):
     for place, index in enumerate(trace["denoise_idx"]):
         tolerance = FINAL if index else LATENT
         near(source[index][0], trace["denoise_ref"][place], tolerance)
-        near(edited[index][0][~free], torch.from_numpy(trace["denoise_edit"][place])[~free], tolerance)
+        near(edited[index][0].cpu()[~free], torch.from_numpy(trace["denoise_edit"][place])[~free], tolerance)
 
 
 def test_picture(replay):

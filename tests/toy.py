@@ -24,10 +24,10 @@ Weights = dict[str, Tensor]
 NAMES = ("W", "V", "U", "emb", "gain", "A", "B", "Cm")
 
 
-def weights(cases: Mapping[str, np.ndarray], case: str) -> Weights:
+def weights(cases: Mapping[str, np.ndarray], case: str, device: str | torch.device = "cpu") -> Weights:
     """Those of one recorded run, whose keys begin with `run:<case>:`."""
     keys = {name: f"run:{case}:{name}" for name in NAMES}
-    return {name: torch.from_numpy(cases[key]) for name, key in keys.items() if key in cases}
+    return {name: torch.from_numpy(cases[key]).to(device) for name, key in keys.items() if key in cases}
 
 
 def _mix(matrix: Tensor, values: Tensor) -> Tensor:
@@ -114,16 +114,16 @@ class Toy(Diffusion):
 
     def __init__(self, weights: Weights) -> None:
         self.network = Network(weights)
-        self.modules, self.conditioners, self.device = (self.network,), (), torch.device("cpu")
+        self.modules, self.conditioners, self.device = (self.network,), (), weights["W"].device
         self.decoded: list[Tensor] = []
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        latents = torch.zeros(len(images), 4, *self.latent_size(*images.shape[2:]))
+        latents = torch.zeros(len(images), 4, *self.latent_size(*images.shape[2:]), device=self.device)
         return latents, latents
 
     def decode(self, latents: Tensor) -> Tensor:
         self.decoded.append(latents)
-        return torch.zeros(len(latents), 3, *(8 * side for side in latents.shape[2:]))
+        return torch.zeros(len(latents), 3, *(8 * side for side in latents.shape[2:]), device=self.device)
 
     def tokenize(self, prompts):
         return torch.zeros(len(prompts), 1, dtype=torch.int64)
