@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from dragdiff.backbones.diffusion import layers_from
+from dragdiff.backbones.layout import layers_from
 from dragdiff.config import Config, check
 from dragdiff.errors import UserError
-from dragdiff.modules import motion, tracking
 from dragdiff.options import walk
 
 if TYPE_CHECKING:
     from dragdiff.backbones.diffusion import Diffusion
-    from dragdiff.backbones.loading import Structure
-
-T = TypeVar("T")
+    from dragdiff.backbones.layout import Structure
 
 
 def check_settings(config: Config, model: Structure | Diffusion | None = None) -> None:
@@ -28,10 +24,6 @@ def check_settings(config: Config, model: Structure | Diffusion | None = None) -
         UserError: bad settings.
     """
     check(config)
-    if config.reads("drag.supervision"):
-        strategy("drag.supervision", config.drag.supervision, motion.SUPERVISIONS)
-    if config.reads("drag.tracker"):
-        strategy("drag.tracker", config.drag.tracker, tracking.TRACKERS)
     if model is None:
         return
     for name in config.drag.features if config.reads("drag.features") else ():
@@ -39,17 +31,6 @@ def check_settings(config: Config, model: Structure | Diffusion | None = None) -
             raise UserError(f"drag.features names {name!r}: the model has {', '.join(model.feature_strides)}")
     if config.control.enabled and config.reads("control.start_layer"):
         layers_from(model.self_attention_layers, config.control.start_layer)
-
-
-def strategy(key: str, name: str, choices: Mapping[str, T]) -> T:
-    """The choice that a setting names.
-
-    Raises:
-        UserError: there is none of this name.
-    """
-    if name not in choices:
-        raise UserError(f"{key} is {name!r}: choose from {', '.join(sorted(choices))}")
-    return choices[name]
 
 
 def shared_settings(config: Config) -> dict[str, object]:

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from dragdiff import commands
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar="VERB", required=True)
     for name, (_, text) in verbs.items():
         subparsers.add_parser(name, help=text)
+    parser.add_argument("--version", action="version", version=f"dragdiff {version('dragdiff')}")
     parser.parse_args(argv)
     return 2
 
@@ -108,7 +110,7 @@ def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study
     """`dragdiff study`, with these arguments instead of the command line\'s; its exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage="%(prog)s STUDY.yaml [key=value ...] [--plan] [--retry-failed] [--wandb-sweep FILE]",
+        usage="%(prog)s STUDY.yaml [key=value ...] [--plan] [--retry-failed] [--allow-failures] [--wandb-sweep FILE]",
         description=STUDY_HELP.replace("{prog}", prog),
         epilog="all keys of a study, with their defaults:\n\n" + describe(StudyConfig()).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -117,6 +119,7 @@ def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study
     parser.add_argument("settings", nargs="*", metavar="key=value", help="in place of what the file says")
     parser.add_argument("--plan", action="store_true", help="only say what would be done")
     parser.add_argument("--retry-failed", action="store_true", help="also what failed before")
+    parser.add_argument("--allow-failures", action="store_true", help="exit with 0 although edits have failed")
     parser.add_argument(
         "--wandb-sweep", metavar="FILE", help="only write the study as a W&B sweep, whose agents call edit.py"
     )

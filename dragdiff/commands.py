@@ -156,13 +156,12 @@ def _fitting(arguments: argparse.Namespace, name: str) -> Config:
     Raises:
         UserError: it can't, and why.
     """
-    from dragdiff.backbones.loading import check_model, structure
+    from dragdiff.backbones.loading import structure
     from dragdiff.checks import check_settings
 
     with warnings.catch_warnings(action="ignore"):
         config = _config(arguments, f"method={name}")
         _read(config, suffix="", edits=True)
-        check_model(config.model)
         check_settings(config, structure(config.model))
     return config
 
@@ -206,7 +205,7 @@ def study(arguments: argparse.Namespace) -> int:
         track(plan, store, {Path(path).name: store.files.cat_file(path) for path in pictures})
     else:
         print(f"next: {shlex.join(['dragdiff', 'report', arguments.study, *arguments.settings])}")
-    return 1 if summary.failed or plan.broken else 0
+    return 1 if (summary.failed or plan.broken) and not arguments.allow_failures else 0
 
 
 def ui(arguments: argparse.Namespace) -> int:
@@ -309,12 +308,13 @@ def _check_place_and_model(config: Config) -> None:
         UserError: results can't be written or logged, or there is no such model.
     """
     from dragdiff import output
-    from dragdiff.backbones.loading import check_model
+    from dragdiff.backbones.loading import structure
+    from dragdiff.checks import check_settings
     from dragdiff.loggers import check_login
 
     output.check_writable(config)
     check_login(config.logger)
-    check_model(config.model)
+    check_settings(config, structure(config.model))
     if config.image and config.model.path == "embedded":
         warnings.warn(
             "the embedded model knows only its own drawn scenes; for photographs name a model, e.g. configs/sd15.yaml",

@@ -198,9 +198,9 @@ class DragConfig:
         2.0, "a handle nearer than this to its target has arrived, grid px", at_least(0), own=True
     )
     mask_weight: float = option(0.1, "lambda of the term that keeps what lies outside the mask", at_least(0), own=True)
-    supervision: str = option("one_step", "motion supervision, by name: one_step (DragDiffusion)", own=True)
+    supervision: str = option("one_step", "motion supervision: one_step (DragDiffusion)", one_of("one_step"), own=True)
     tracker: str = option(
-        "nearest", "point tracker, by name: nearest (L1 nearest neighbour to the initial feature)", own=True
+        "nearest", "point tracker: nearest (L1 nearest neighbour to the initial feature)", one_of("nearest"), own=True
     )
 
 

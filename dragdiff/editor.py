@@ -94,6 +94,9 @@ class Editor:
         self.kept: dict[str, dict[str, object]] = {"references": {}, "generated": {}}  # of the pictures edited last
         self.ran_together = 0
 
+    def __repr__(self) -> str:
+        return f"<Editor: {self.method.name} with {self.backbone.name} on {self.backbone.device}>"
+
     @classmethod
     def from_config(
         cls, *files: str | Path, overrides: Sequence[str] = (), method: Method | None = None, **kwargs: Any

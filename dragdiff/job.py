@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from dragdiff.modules.points import Points
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EditResult:
     """An edit and how it came about.
 
@@ -67,6 +68,45 @@ class EditResult:
         if self.trajectory is None:
             return None
         return np.linalg.norm(self.sample.targets - self.trajectory[-1], axis=1)
+
+    def __repr__(self) -> str:
+        before, after = self.distance_before, self.distance_after
+        way = "" if after is None else f", {_px(before)} px left -> {_px(after)}"
+        ended = f", {self.steps} steps ({self.stop_reason})" if self.stop_reason else ""
+        seconds = sum(self.seconds.values())
+        return f"<EditResult {self.sample.name!r} by {self.config.method}{way}{ended}, {seconds:.1f} s>"
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write all files that the command writes.
+
+        Args:
+            folder: made where there is none; what is in it of another edit is overwritten.
+
+        Returns:
+            Where they are.
+        """
+        from dragdiff import output
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return output.save(self, Path(folder))
+
+    def show(self) -> None:
+        """Open source and result side by side in the system's viewer (Pillow)."""
+        from dragdiff import output
+
+        output.comparison(self).show()
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: source and result side by side."""
+        from dragdiff import output
+
+        buffer = io.BytesIO()
+        output.comparison(self).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def _px(distances: np.ndarray) -> str:
+    return ", ".join(f"{distance:.1f}" for distance in distances)
 
 
 @dataclass(frozen=True)

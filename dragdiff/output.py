@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HANDLE, TARGET, DARK = (228, 26, 28), (31, 90, 220), (20, 20, 20)
 SHOWN_SIDE = 384  # px: smaller pictures are enlarged in comparisons, so that one sees something
+SHEET_SIDE = 1200  # px: larger pictures are made smaller in comparisons
 ANIMATED_SIDE = 640  # px: larger pictures are made smaller in animations
 
 
@@ -145,8 +146,8 @@ def metrics(result: EditResult) -> Json:
 
 
 def comparison(result: EditResult) -> Image.Image:
-    """Source with arrows and mask | edited picture; small pictures are enlarged."""
-    scale = _scale(result.sample, least=SHOWN_SIDE)
+    """Source with arrows and mask | edited picture; small pictures are enlarged, large ones made smaller."""
+    scale = _scale(result.sample, least=SHOWN_SIDE, most=SHEET_SIDE)
     left, right = annotated(result.sample, scale=scale), _resized(result.image, scale)
     gap = max(4, left.width // 60)
     sheet = Image.new("RGB", (left.width * 2 + gap, left.height), "white")

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 from dragdiff.backbones.attention import mutual_self_attention, recorded
-from dragdiff.backbones.diffusion import layers_from
+from dragdiff.backbones.layout import layers_from
 from dragdiff.config import load_config
 from dragdiff.data.sample import EditSample
 from dragdiff.editor import Editor

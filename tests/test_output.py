@@ -1,5 +1,6 @@
 """What an edit leaves behind: folders, pictures, animation, numbers."""
 
+import io
 import json
 import os
 from dataclasses import replace
@@ -182,6 +183,21 @@ def test_save_writes_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.name for file in files)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "edited.png")), result.image)
     assert json.loads((tmp_path / "metrics.json").read_text()) == output.metrics(result)
+
+
+def test_a_large_comparison_is_made_smaller():
+    sample = EditSample(np.zeros((900, 3000, 3), np.uint8), "", [[[10, 10], [2000, 500]]])
+    sheet = output.comparison(result_of(sample))
+    assert (sheet.width - max(4, 1200 // 60), sheet.height) == (2400, 360)
+
+
+def test_results_and_samples_are_said_in_a_line_and_shown_in_notebooks(tmp_path):
+    result = result_of(sky())
+    for shown in (repr(result), repr(result.sample)):
+        assert len(shown) < 200 and "array" not in shown and "px" in shown
+    picture = Image.open(io.BytesIO(result._repr_png_()))
+    assert np.array_equal(picture, output.comparison(result))
+    assert result.save(tmp_path / "new" / "folder") == output.save(result, tmp_path / "new" / "folder")
 
 
 # ------------------------------------------------------------------------------------------- files and folders

@@ -153,6 +153,11 @@ def test_scenes_have_an_oracle_and_their_truth(file):
     assert np.array_equal(plan.subjects[0].scene.truth, make_scene("sun", 7).truth)
 
 
+def test_the_first_samples_are_those_of_the_smallest_numbers(file):
+    plan = plan_of(file(data={"path": "scenes", "scenes": 12, "first_seed": 1, "limit": 3}))
+    assert [subject.name for subject in plan.subjects] == ["sun-1", "sun-2", "sun-3"]
+
+
 def test_limit_subset_and_categories(file):
     assert [s.name for s in plan_of(file(), "data.limit=2").subjects] == ["cats-a", "cats-b"]
     assert [s.name for s in plan_of(file(), "data.categories=[dogs]").subjects] == ["dogs-a"]

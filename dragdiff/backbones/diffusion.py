@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dragdiff.errors import UserError
 from dragdiff.modules.features import forward_with_features
 
 if TYPE_CHECKING:
@@ -215,29 +214,3 @@ def rows_of(condition: Condition, rows: Sequence[int]) -> Condition:
 def joined(conditions: Sequence[Condition]) -> Condition:
     """The rows of several conditions, one after the other."""
     return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
-
-
-def layers_from(layers: Sequence[str], start: str) -> list[str]:
-    """The self-attention layers from `start` on.
-
-    Args:
-        layers: names in execution order.
-        start: a name or the beginning of one, or a number in execution order ("10").
-
-    Raises:
-        UserError: no such layer; says which there are.
-    """
-    if start.isdigit() and int(start) < len(layers):
-        return list(layers[int(start) :])
-    for index, name in enumerate(layers):
-        if name == start or name.startswith(f"{start}."):
-            return list(layers[index:])
-    raise UserError(
-        f"control.start_layer is {start!r}: the model has self-attention in {', '.join(blocks_of(layers))} "
-        f"(or a number from 0 to {len(layers) - 1})"
-    )
-
-
-def blocks_of(layers: Sequence[str]) -> list[str]:
-    """The blocks in which layers are, by name."""
-    return list(dict.fromkeys(name.partition(".attentions")[0] for name in layers))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,11 @@ import torch
 
 from dragdiff.aliases import Json
 from dragdiff.backbones import single_file
+from dragdiff.backbones.layout import Structure, structure_of
 from dragdiff.backbones.stable_diffusion import (
     PARTS,
     StableDiffusion,
     check_configs,
-    feature_strides,
-    self_attention_layers,
 )
 from dragdiff.errors import UserError, one_line
 
@@ -247,30 +245,18 @@ def _ask_hub(name: str, revision: str) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class Structure:
-    """The parts of a model that settings name; attributes as of `Diffusion`."""
-
-    feature_strides: Mapping[str, int]
-    self_attention_layers: Sequence[str]
-
-
 def structure(config: ModelConfig) -> Structure:
     """How the model is built, before anything of it is loaded.
 
     Raises:
         UserError: as `check_model`.
     """
-    from diffusers import UNet2DConditionModel
-
     check_model(config)
     file = _unet_config(config)
     try:
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(_read_json(file))
-    except (ValueError, TypeError, KeyError) as error:
+        return structure_of(_read_json(file))
+    except (ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(f"{file} describes no UNet that can be built: {one_line(error)}") from error
-    return Structure(feature_strides(unet), self_attention_layers(unet))
 
 
 def _quiet() -> None:

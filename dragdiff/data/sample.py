@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +23,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _CONVERSION_ERRORS = (OSError, SyntaxError, ValueError)  # a rare mode, or a PIL image not decoded until now
 
 
-@dataclass(frozen=True, init=False, eq=False)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class EditSample:
     """One edit, checked once on construction; its arrays are read-only copies.
 
@@ -36,10 +36,10 @@ class EditSample:
         name: identifies the sample in messages and names its results.
     """
 
-    image: NDArray[np.uint8] = field(repr=False)
+    image: NDArray[np.uint8]
     prompt: str
     points: NDArray[np.float32]
-    mask: NDArray[np.bool_] | None = field(repr=False)
+    mask: NDArray[np.bool_] | None
     name: str
 
     def __init__(
@@ -82,6 +82,11 @@ class EditSample:
                 value = value.copy()
                 value.flags.writeable = False
             object.__setattr__(self, key, value)  # the usual way round `frozen` in a constructor
+
+    def __repr__(self) -> str:
+        mask = "no mask" if self.mask is None else f"{self.mask.mean():.0%} may change"
+        pairs = f"{len(self.points)} pair{'' if len(self.points) == 1 else 's'}"
+        return f"<EditSample {self.name!r}: {self.width} x {self.height} px, {self.prompt!r}, {pairs}, {mask}>"
 
     @property
     def width(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from dragdiff.backbones.diffusion import layers_from
+from dragdiff.backbones.layout import layers_from
 from dragdiff.job import Job
 from dragdiff.stages.sources import Step
 

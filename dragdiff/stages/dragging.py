@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dragdiff.callbacks import DragCallback, DragProgress, PointTracking
-from dragdiff.checks import strategy
 from dragdiff.job import Edit, Job
 from dragdiff.models.point_drag import Drag, Forward, MaskTerm, PointDrag
 from dragdiff.models.trainer import fit, shared_logger
@@ -132,7 +131,7 @@ def _drag(
         unedited = FeatureMap([features[row, None] for features in reference.features], edit.points.grid)
     return Drag(
         points=edit.points,
-        supervision=supervision or strategy("drag.supervision", settings.supervision, motion.SUPERVISIONS),
+        supervision=supervision or motion.SUPERVISIONS[settings.supervision],
         radius=settings.motion_radius,
         stop_distance=settings.stop_distance,
         lr=settings.lr,
@@ -147,7 +146,7 @@ def _drag(
 def _tracking(edit: Edit) -> DragCallback:
     """As DragDiffusion tracks."""
     settings = edit.config.drag
-    found = strategy("drag.tracker", settings.tracker, tracking.TRACKERS)
+    found = tracking.TRACKERS[settings.tracker]
     return PointTracking(found, radius=settings.tracking_radius)
 
 

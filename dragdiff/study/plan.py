@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -408,7 +409,8 @@ def read_subjects(data: StudyDataConfig) -> tuple[list[Subject], list[tuple[str,
     if data.subset:
         if data.subset > len(names):
             raise UserError(f"data.subset is {data.subset}: there are only {len(names)} samples")
-        names = sorted(np.random.default_rng(data.subset_seed).choice(names, data.subset, replace=False).tolist())
+        names = np.random.default_rng(data.subset_seed).choice(names, data.subset, replace=False).tolist()
+    names.sort(key=_natural)
     subjects, broken = [], []
     for name in names[: data.limit] if data.limit else names:
         try:
@@ -419,6 +421,11 @@ def read_subjects(data: StudyDataConfig) -> tuple[list[Subject], list[tuple[str,
         reason = f", e.g. {broken[0][1]}" if broken else ""
         raise UserError(f"none of the {len(broken)} samples in {data.path} can be used{reason}")
     return subjects, broken
+
+
+def _natural(name: str) -> list[Any]:
+    """To sort by: numbers in names by their value, sun-2 before sun-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _scenes(data: StudyDataConfig) -> dict[str, Callable[[], Subject]]:

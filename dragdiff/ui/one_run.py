@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from dragdiff import output
-from dragdiff.backbones.diffusion import Diffusion, blocks_of
+from dragdiff.backbones.diffusion import Diffusion
+from dragdiff.backbones.layout import blocks_of
 from dragdiff.callbacks import DragCallback
 from dragdiff.editor import OneModel, enough_memory
 from dragdiff.errors import UserError
 from dragdiff.models.point_drag import Drag
-from dragdiff.modules import motion, tracking
 from dragdiff.modules.features import FeatureMap
 from dragdiff.ui.tasks import Cancelled, PageTask, too_long
 
@@ -36,11 +36,9 @@ class FinishOnRequest(DragCallback):
 
 
 def choices(backbone: Diffusion) -> dict[str, list[str]]:
-    """What may be chosen for settings that name something of the model or of the algorithm's parts, by key."""
+    """What may be chosen for settings that name something of the model, by key."""
     return {
         "drag.features": list(backbone.feature_strides),
-        "drag.supervision": sorted(motion.SUPERVISIONS),
-        "drag.tracker": sorted(tracking.TRACKERS),
         "control.start_layer": blocks_of(backbone.self_attention_layers),
     }
 
