@@ -572,9 +572,13 @@ def _meant_for(method: Method, overlay: Values, where: str) -> list[Layer]:
     own = overlay.get("methods", {})
     if not isinstance(own, dict):
         raise UserError(f"methods {where} is {own!r}: it must hold settings by the names of methods")
-    for name in own:
+    for name in map(str, own):
+        if methods.is_file(name):
+            raise UserError(
+                f"methods {where} has settings for {name!r}: put them below the name that the file gives it"
+            )
         if name != method.name:
-            methods.find(str(name))
+            methods.find(name)
     plain = {key: value for key, value in overlay.items() if key != "methods"}
     if theirs != method.name:
         bound = (*METHODS_OWN, theirs)
@@ -593,19 +597,28 @@ def _meant_for(method: Method, overlay: Values, where: str) -> list[Layer]:
 
 
 def overlay_of(file: Path) -> Values:
-    """What a YAML file says; the files of methods that it names lie below its folder, and are found there.
+    """What a YAML file says.
 
     Raises:
-        UserError: as `read_yaml`; or it names such a file elsewhere: others' settings must not run what is not theirs.
+        UserError: as `read_yaml` and `rooted`.
+    """
+    return rooted(read_yaml(file), file)
+
+
+def rooted(settings: Values, file: Path) -> Values:
+    """Settings from a file; the files of methods that they name lie below its folder, and are found there.
+
+    Raises:
+        UserError: they name such a file elsewhere: others' settings must not run what does not come with them.
     """
     folder = file.absolute().parent
 
-    def rooted(value: Any, key: str = "") -> Any:
+    def found(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: rooted(entry, str(name)) for name, entry in value.items()}
+            return {name: found(entry, str(name)) for name, entry in value.items()}
         if isinstance(value, list):
-            return [rooted(entry, key) for entry in value]
-        if key != "method" or not (isinstance(value, str) and methods.is_file(value)):
+            return [found(entry, key) for entry in value]
+        if key not in ("method", "methods") or not (isinstance(value, str) and methods.is_file(value)):
             return value
         path = (folder / value).resolve()
         if not path.is_relative_to(folder.resolve()):
@@ -616,8 +629,7 @@ def overlay_of(file: Path) -> Values:
         warnings.warn(f"{file} names the method of {path}, which is run", stacklevel=2)
         return as_it_stands(str(path))
 
-    rooted_overlay: Values = rooted(read_yaml(file))
-    return rooted_overlay
+    return {str(key): found(value, str(key)) for key, value in settings.items()}
 
 
 def load_study(file: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
@@ -643,7 +655,7 @@ def load_ui(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> 
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"no file {str(file)!r}: give a YAML file of the page's settings, or key=value")
-    settings = loaded(UIConfig, [(read_yaml(Path(file)), f"in {file}") for file in files], overrides)
+    settings = loaded(UIConfig, [(overlay_of(Path(file)), f"in {file}") for file in files], overrides)
     check_values(settings)
     if not settings.models:
         raise UserError(f"models is empty: name at least one overlay, e.g. models=[{DEFAULT_OVERLAY}]")

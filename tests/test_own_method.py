@@ -135,6 +135,9 @@ def test_study(here, capsys):
         (report / name).rename(here / "again" / name)
     assert expand(load_study_of("again/study.yaml")).keys == plan.keys
     capsys.readouterr()
+    assert cli.main(["report", "outputs/studies/study"]) == 2  # a folder's settings run no file that is elsewhere
+    assert "give the study's YAML file" in capsys.readouterr().err
+    capsys.readouterr()
 
 
 def load_study_of(file):
@@ -199,6 +202,12 @@ def test_only_below_a_settings_file(here, capsys):
     (here / "inner/link.py").symlink_to(here / "shift.py")
     (here / "inner/my.yaml").write_text("model: {path: embedded}\nmethod: link.py\n")
     assert cli.main(["edit", "inner/my.yaml"]) == 2
+    (here / "inner/my.yaml").write_text("model: {path: embedded}\nmethods: {../shift.py: {lora.steps: 1}}\n")
+    capsys.readouterr()
+    assert cli.main(["edit", "inner/my.yaml"]) == 2
+    assert "below the name that the file gives it" in capsys.readouterr().err
+    (here / "inner/page.yaml").write_text("methods: [dragdiffusion, ../shift.py]\n")
+    assert cli.main(["ui", "inner/page.yaml", "port=0"]) == 2
     (here / "inner/study.yaml").write_text("grid: {method: [fastdrag, ../shift.py]}\n")
     assert cli.main(["study", "inner/study.yaml", "--plan"]) == 2
 

@@ -196,7 +196,7 @@ def scatter(
         return None
     panel.margins(0.1)
     if logarithmic:
-        panel.set_xscale("log")
+        _logarithmic(panel)
     panel.set_xlabel(title(columns[0]))
     panel.set_ylabel(title(columns[1]))
     panel.set_title(f"labels: {key}" if key else "")
@@ -210,6 +210,16 @@ def scatter(
         figure.legend(blank, names, loc="outside right upper", fontsize=8, handlelength=0, handletextpad=0)
     _annotate(figure, panel, labels)
     return figure
+
+
+def _logarithmic(panel: Axes) -> None:
+    """To the right: plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _scatter(

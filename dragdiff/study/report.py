@@ -18,7 +18,7 @@ import numpy as np
 
 from dragdiff import methods
 from dragdiff.aliases import Report
-from dragdiff.config import Config, StudyConfig, load_study, to_yaml
+from dragdiff.config import Config, StudyConfig, load_study, rooted, to_yaml
 from dragdiff.errors import UserError
 from dragdiff.metrics.statistics import LEVEL, RESAMPLES
 from dragdiff.metrics.suite import COLUMNS
@@ -76,8 +76,9 @@ def find_study(study: str, overrides: Sequence[str] = ()) -> StudyConfig:
     if overrides:
         raise UserError(f"{study!r} has its settings: leave out {overrides[0]!r}, or give the study's YAML file")
     try:
-        settings = merged(StudyConfig, [(as_it_stands(facts["settings"]), f"in {study}/study.json")])
-    except UserError as error:  # of another version
+        known = rooted(facts["settings"], Path(results, name, "study.json"))
+        settings = merged(StudyConfig, [(as_it_stands(known), f"in {study}/study.json")])
+    except UserError as error:  # of another version, or with a method of somebody's own
         raise UserError(f"{error}; give the study's YAML file") from error
     return dataclasses.replace(settings, name=name, results=results)
 
