@@ -1,6 +1,7 @@
 """The editor as a guest: what it is lent comes back as it was, and a generated picture can be taken up again."""
 
 import csv
+import math
 import random
 import weakref
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
 from dragdiff.editor import OneModel
 from dragdiff.errors import UserError
+from dragdiff.methods import dragdiffusion
 from dragdiff.modules import lora
 from dragdiff.output import HANDLE
 from dragdiff.stages import sources
@@ -319,6 +321,49 @@ def test_a_cached_lora_is_used_for_exactly_what_it_was_trained_for(backbone, tmp
 def test_a_latent_that_is_not_finite_is_no_fault_of_the_drag(backbone, monkeypatch):
     encode = backbone.encode
     monkeypatch.setattr(backbone, "encode", lambda images: tuple(part / 0 for part in encode(images)))
+    with pytest.raises(UserError, match=r"not finite.*use model\.dtype=fp32"):
+        Editor(load_config(overrides=[*QUICK, "lora.steps=0"]), backbone).edit(SAMPLE)
+
+
+@pytest.fixture
+def overflows(backbone, monkeypatch) -> None:
+    """An autoencoder that makes no finite picture of anything."""
+    weight = backbone.pipeline.vae.decoder.conv_out.weight
+    monkeypatch.setattr(weight, "data", weight.data / 0)
+
+
+@pytest.mark.parametrize("overrides", [[], ["generate.enabled=true"]])
+def test_a_picture_that_is_not_finite_is_an_error_and_its_previews_are_left_out(
+    backbone, overflows, monkeypatch, overrides
+):
+    shown: list[Any] = []
+    run = Editor(load_config(overrides=[*QUICK, "lora.steps=0", *overrides]), backbone)
+    with pytest.raises(UserError, match=r"the autoencoder of .* overflows"):
+        run.edit(SAMPLE, watch=lambda step, handles, preview: shown.append(preview))
+    assert shown == ([] if overrides else [None, None])
+    with pytest.raises(UserError, match=r"the autoencoder of .* overflows"):
+        run.generate("a cat")
+
+
+def test_the_other_edits_of_a_batch_have_their_pictures(backbone, monkeypatch):
+    decode, calls = backbone.decode, []
+
+    def fail_first(latents):
+        calls.append(latents)
+        if len(calls) == 1:
+            raise UserError("the autoencoder overflows")
+        return decode(latents)
+
+    run = Editor(load_config(overrides=[*QUICK, "lora.steps=0", "output.frames_every=0"]), backbone)
+    alone = run.edit(SAMPLE)
+    monkeypatch.setattr(backbone, "decode", fail_first)
+    failed, result = run.edit_batch([Request(SAMPLE), Request(SAMPLE)])
+    assert isinstance(failed, UserError) and np.abs(result.image - alone.image.astype(int)).max() <= 1
+
+
+def test_a_latent_that_the_drag_or_the_denoising_has_spoilt_makes_no_picture(backbone, monkeypatch):
+    denoise = dragdiffusion.stages.denoise
+    monkeypatch.setattr(dragdiffusion.stages, "denoise", lambda *args, **kwargs: denoise(*args, **kwargs) * math.nan)
     with pytest.raises(UserError, match=r"not finite.*use model\.dtype=fp32"):
         Editor(load_config(overrides=[*QUICK, "lora.steps=0"]), backbone).edit(SAMPLE)
 

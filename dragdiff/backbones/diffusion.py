@@ -77,7 +77,10 @@ class Diffusion(ABC):
             latents: scaled, (B, C, h, w).
 
         Returns:
-            (B, 3, H', W'), about [-1, 1]; H' and W' are multiples of the stride.
+            (B, 3, H', W'), about [-1, 1] and finite where the latents are; H' and W' are multiples of the stride.
+
+        Raises:
+            UserError: the autoencoder can't make a finite picture of finite latents.
         """
 
     @abstractmethod
