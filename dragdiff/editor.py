@@ -201,7 +201,7 @@ class Editor:
         return self.backbone.latent_size(*size)
 
     def _working(self, sample: EditSample) -> EditSample:
-        return sample.resized(self.config.data.max_size)
+        return edits.at_working_size(sample, self.config, self.backbone)
 
     # ------------------------------------------------------------------------------------------- with files
 

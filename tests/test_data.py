@@ -218,6 +218,21 @@ def test_bad_image_prompt_and_mask(options, expected):
     assert expected in message(EditSample, **{"image": picture(), "prompt": "", "points": PAIR} | options)
 
 
+def test_what_is_most_likely_not_meant():
+    image, mask = np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), np.uint8)
+    mask[:, 32:] = 255
+    pairs = [[[40, 9], [50, 9]], [[10, 9], [20.5, 9]], [[40, 9], [31, 9]], [[5, 5], [5, 5]]]
+    (doubt,) = EditSample(image, "", pairs, mask).doubts()
+    assert doubt.startswith("Outside of the mask's white, where nothing may change: the handle (10, 9) of pair 2, ")
+    assert doubt.count("pair 2") == 2 and "the target (31, 9) of pair 3. Is the mask inverted?" in doubt
+    assert "pair 1" not in doubt and "pair 4" not in doubt, "an anchor may be there"
+    assert EditSample(image, "", pairs, 255 - mask).doubts()
+    assert not EditSample(image, "", pairs).doubts() and not EditSample(image, "", [], mask).doubts()
+    (doubt,) = EditSample(image, "", [[[0.3, 0.4], [0.6, 1]]]).doubts()
+    assert "not shares of width and height" in doubt
+    assert not EditSample(image, "", [[[0.3, 0.4], [0.6, 1.5]]]).doubts()
+
+
 def test_resized_scales_points_and_mask_with_the_picture():
     mask = np.random.default_rng(1).random((60, 101)) > 0.5
     sample = EditSample(picture(60, 101), "a cat", [[[0, 0], [100.9, 59.9]], [[50.5, 30], [20, 45]]], mask, "tom")

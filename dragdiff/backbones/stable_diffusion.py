@@ -74,6 +74,8 @@ class StableDiffusion(Diffusion):
         self.device = pipeline.unet.device
         self.latent_stride = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.latent_channels = pipeline.unet.config.in_channels
+        side = pipeline.unet.config.sample_size
+        self.trained_size = self.latent_stride * (side if isinstance(side, int) else 64)
         self.feature_strides = feature_strides(self.network)
         self.self_attention_layers = self_attention_layers(self.network)
         self.compilation = Compilation(self.network, self._probe_gradient)

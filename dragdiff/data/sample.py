@@ -103,6 +103,23 @@ class EditSample:
         """(N, 2) float32, (x, y) in px: where each pair should end."""
         return self.points[:, 1]
 
+    def doubts(self) -> list[str]:
+        """What is allowed, but most likely not meant: a sentence for each."""
+        doubts = []
+        outside = [
+            f"the {end} ({x:g}, {y:g}) of pair {number}"
+            for number, pair in enumerate(self.points, 1)
+            for end, (x, y) in zip(("handle", "target"), pair, strict=True)
+            if self.mask is not None and not self.mask[int(y), int(x)] and (pair[0] != pair[1]).any()  # no anchor
+        ]
+        if outside:
+            doubts.append(
+                f"Outside of the mask's white, where nothing may change: {', '.join(outside)}. Is the mask inverted?"
+            )
+        if len(self.points) and self.points.max() <= 1:
+            doubts.append("All points are within 1 px of the top left corner: give px, not shares of width and height.")
+        return doubts
+
     def resized(self, max_size: int) -> EditSample:
         """The same edit on a picture whose longer side has at most ``max_size`` px; never enlarged.
 
