@@ -363,6 +363,7 @@ def test_profiles_that_say_nothing_leave_pixels_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     "exif", [b"no TIFF header", b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01", b"Exif\0\0", b"II*\0\xff\xff\xff\x7f"]
 )
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
 def test_damaged_exif_data_are_ignored(tmp_path, exif, name):
     file = saved(tmp_path / name, picture(), exif=exif)
