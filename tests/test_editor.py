@@ -24,7 +24,7 @@ from dragdiff.backbones import lora_file
 from dragdiff.backbones.loading import load_backbone
 from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
-from dragdiff.editor import OneModel
+from dragdiff.editor import OneModel, enough_memory
 from dragdiff.errors import UserError
 from dragdiff.methods import dragdiffusion
 from dragdiff.modules import lora
@@ -372,6 +372,29 @@ def test_a_large_picture_is_worked_on_at_a_size_that_suits_the_model(backbone, m
         assert chosen.size_class(large) == expected and notes_before_work(chosen, large, monkeypatch) == []
     small = EditSample(image[:, :128], "", [[[10, 20], [90, 20]]], None, "cat")
     assert run.size_class(small) == (12, 16) and notes_before_work(run, small, monkeypatch) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        MemoryError("Unable to allocate 9 GiB"),
+        RuntimeError("a bug"),
+    ],
+)
+def test_memory_that_gives_out_anywhere_is_said_as_on_a_gpu(backbone, monkeypatch, error):
+    def encode(images):
+        raise error
+
+    monkeypatch.setattr(backbone, "encode", encode)
+    run, bug = Editor(load_config(overrides=[*QUICK, "lora.steps=0"]), backbone), "a bug" in str(error)
+    kind, said = (RuntimeError, "a bug") if bug else (UserError, "memory is too small for this")
+    with pytest.raises(kind, match=said), enough_memory():
+        run.edit(SAMPLE)
+    with pytest.raises(RuntimeError) as caught:
+        run.edit(SAMPLE)
+    assert isinstance(caught.value, torch.OutOfMemoryError) != bug
 
 
 @pytest.fixture
