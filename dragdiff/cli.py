@@ -185,7 +185,7 @@ def run(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning, module="dragdiff")  # not other libraries' notes
-        warnings.showwarning = _note
+        warnings.showwarning = _notes()
         try:
             if unknown:
                 raise UserError(f"unknown option {unknown[0]}: settings are written key=value (--help lists them)")
@@ -201,7 +201,15 @@ def run(
             return 130
 
 
-def _note(message: Warning | str, *_: object, **__: object) -> None:
-    from tqdm import tqdm
+def _notes() -> Callable[..., None]:
+    """Shows each warning once, which Python forgets whenever a library changes the filters."""
+    shown: set[str] = set()
 
-    tqdm.write(f"note: {message}", file=sys.stderr)  # a bar that is shown stays whole
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        from tqdm import tqdm
+
+        if str(message) not in shown:
+            shown.add(str(message))
+            tqdm.write(f"note: {message}", file=sys.stderr)  # a bar that is shown stays whole
+
+    return show

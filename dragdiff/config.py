@@ -53,7 +53,8 @@ class DataConfig:
 
     max_size: int = option(
         0,
-        "work on the picture with its longer side at most this many px; the result has its own size; 0 = as it is",
+        "work on the picture with its longer side at most this many px; the result has its own size; 0 = twice the "
+        "side that the model was trained on (1024 with Stable Diffusion 1.x)",
         at_least(0),
     )
 

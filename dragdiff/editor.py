@@ -25,7 +25,7 @@ from dragdiff.callbacks import Watch
 from dragdiff.checks import check_settings, shared_settings
 from dragdiff.config import Config, ModelConfig, load_config
 from dragdiff.data.sample import EditSample
-from dragdiff.errors import NothingLeft, UserError
+from dragdiff.errors import NothingLeft, UserError, one_memory_error
 from dragdiff.job import EditResult, Job, Request
 from dragdiff.loggers import log_result, open_logger
 from dragdiff.methods.method import Method
@@ -183,7 +183,7 @@ class Editor:
         self._begin()
         job = self.job()
         outcomes: dict[int, EditResult | UserError] = {}
-        with suppress(NothingLeft), self.backbone.frozen(self.config.model):
+        with suppress(NothingLeft), self._at_work():
             for number, request in enumerate(requests):
                 try:
                     edits.begin(job, self.method, number, request)
@@ -204,7 +204,7 @@ class Editor:
         return self.backbone.latent_size(*size)
 
     def _working(self, sample: EditSample) -> EditSample:
-        return sample.resized(self.config.data.max_size)
+        return edits.at_working_size(sample, self.config, self.backbone)
 
     # ------------------------------------------------------------------------------------------- with files
 
@@ -271,7 +271,7 @@ class Editor:
         if settings.steps == 0:
             return None
         job = self.job([self._working(sample)])
-        with self.backbone.frozen(self.config.model):
+        with self._at_work():
             if folder is not None and settings.save_every:
                 (trained,) = adapters.train(job, job.pictures, [logger], folder=folder)
             else:
@@ -284,7 +284,7 @@ class Editor:
         """Train each sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
         self._begin()
         different = {cache.digest(image=w.image, prompt=w.prompt): w for w in map(self._working, samples)}
-        with self.backbone.frozen(self.config.model):
+        with self._at_work():
             self.ran_together = adapters.share(self.job(list(different.values())), steps)
 
     def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
@@ -295,7 +295,7 @@ class Editor:
         """
         size = self.config.generate.height, self.config.generate.width
         job = self.job([EditSample(np.zeros((*size, 3), np.uint8), prompt, [])])
-        with self.backbone.frozen(self.config.model), adapters.adapted(job, [adapters.named(self.config)]):
+        with self._at_work(), adapters.adapted(job, [adapters.named(self.config)]):
             (picture,), path, _ = generated(job)
         return picture, path
 
@@ -328,6 +328,11 @@ class Editor:
         self.forget()
         kept = dataclasses.replace(self.config.cache, reference_mb=0)
         return self.reconfigured(dataclasses.replace(self.config, cache=kept))
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with one_memory_error(), self.backbone.frozen(self.config.model):
+            yield
 
     def _begin(self) -> None:
         """What was run before, and its peak of memory, does not count."""
@@ -404,7 +409,8 @@ def enough_memory() -> Iterator[None]:
         UserError: the device's memory was too small.
     """
     try:
-        yield
+        with one_memory_error():
+            yield
     except torch.OutOfMemoryError as error:
         raise UserError(TOO_LITTLE_MEMORY) from error
 

@@ -210,6 +210,11 @@ def _defaults(kind: type) -> dict[str, Any]:
     return {key: value for key, _, value in walk(kind())}
 
 
+@functools.cache
+def _text_lists(kind: type) -> set[str]:
+    return {key for key, f, _ in walk(kind()) if str(f.type) == "list[str]"}
+
+
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -239,6 +244,12 @@ def _merge(kind: type, config: DictConfig, layer: Values, where: str, prefix: st
             nearest = nearest_key(key, kind)
             raise UserError(f"unknown key {key!r} {where}: did you mean {nearest!r}? (--help lists all keys)")
         else:
+            texts = {str: [value], list: value if isinstance(value, list) and key in _text_lists(kind) else []}
+            guessed = [given for given in texts.get(type(defaults[key]), []) if isinstance(given, bool | int | float)]
+            if guessed:
+                raise UserError(
+                    f"{key} is read as {guessed[0]!r} {where}, but it is text: put it in quotes, as it is to be read"
+                )
             try:
                 OmegaConf.update(config, key, value, merge=False)
             except Exception as error:  # OmegaConf's own, and bare TypeError and ValueError

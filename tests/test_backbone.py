@@ -1,6 +1,7 @@
 """Stable Diffusion behind the `Diffusion` interface: its structure, its parts, its schedules."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -281,3 +282,37 @@ def test_pipelines_that_can_not_be_lent(backbone):
     with pytest.raises(UserError, match="can be inverted"):
         with_scheduler(backbone, FlowMatchEulerDiscreteScheduler())
     assert with_scheduler(backbone, pipeline.scheduler, prediction="v_prediction").prediction_type == "v_prediction"
+
+
+def overflowing(tiny_sd, factor: float, dtype: str = "fp16") -> StableDiffusion:
+    """In half precision, its autoencoder's activations overflow where a factor makes them large."""
+    model = load_backbone(settings(tiny_sd, f"model.dtype={dtype}"))
+    with torch.no_grad():
+        model.pipeline.vae.decoder.up_blocks[0].resnets[0].conv1.weight.mul_(factor)
+    return model
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_decodes_in_single_precision(tiny_sd):
+    model = overflowing(tiny_sd, 1e5)
+    vae, latents = model.pipeline.vae, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    with torch.no_grad():
+        assert not vae.decode(latents.half() / 0.18215).sample.isfinite().all(), "no overflow"
+        picture = model.decode(latents)
+        other = overflowing(tiny_sd, 1e5, "fp32")
+        assert torch.allclose(picture, other.decode(latents), atol=0.05)
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert not other.pipeline.vae.decode(latents / 0.18215).sample.isfinite().all(), "no overflow"
+            assert torch.allclose(other.decode(latents), picture, atol=0.05)
+    assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items()), "changed for good"
+    assert vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_an_autoencoder_that_always_overflows_is_named(tiny_sd, dtype):
+    model, latents = overflowing(tiny_sd, math.inf, dtype), torch.ones(1, 4, 8, 8)
+    with torch.no_grad(), pytest.raises(UserError, match=r"the autoencoder of .*tiny-sd overflows") as caught:
+        model.decode(latents)
+    assert ("model.dtype=fp32" in str(caught.value)) == (dtype == "fp16")
+    with torch.no_grad():
+        assert not model.decode(latents * math.nan).isfinite().all(), "that is no fault of the autoencoder"

@@ -263,6 +263,12 @@ def test_inside_a_job_of_a_cluster(settings, place, monkeypatch):
     assert main_edit([*settings, "lora.steps=0", "image=pic.png", POINTS]) == 0
 
 
+def test_a_note_is_said_once(settings, place, capsys):
+    long = "a cat " * 9
+    assert main_edit([*settings, "image=pic.png", POINTS, f"prompt={long}", "lora.steps=2"]) == 0
+    assert capsys.readouterr().err.count("tokens, the model reads the first 16") == 1
+
+
 def test_seed_and_settings_matter(settings, place):
     """Otherwise equal bits above would say nothing."""
     for name, changed in (("a", "seed=1"), ("b", "seed=2"), ("c", "drag.lr=0.3")):

@@ -424,3 +424,31 @@ def test_free_text_that_visitors_of_the_page_may_set_names_no_file_or_device():
         "drag.tracker",
         "control.start_layer",
     }
+
+
+@pytest.mark.parametrize(
+    "line, key",
+    [
+        ("prompt: 1E5", "prompt"),
+        ("prompt: yes", "prompt"),
+        ("prompt: 007", "prompt"),
+        ("prompt: 12:30", "prompt"),
+        ("prompt: .inf", "prompt"),
+        ("output: {name: 1_000}", "output.name"),
+        ("model.revision: 0x10", "model.revision"),
+        ("logger: {tags: [a, 1E5]}", "logger.tags"),
+    ],
+)
+def test_yaml_does_not_guess_what_a_text_means(tmp_path, line, key):
+    file = tmp_path / "a.yaml"
+    file.write_text(line + "\n")
+    with pytest.raises(UserError, match=rf"{key} is read as .*, but it is text: put it in quotes"):
+        load_config([file])
+    name, _, value = line.partition(": ")
+    if not value.startswith("{"):
+        file.write_text(f"{name}: '{value}'\n")
+        assert dict(flat(dataclasses.asdict(load_config([file]))))[key] == value
+
+
+def test_text_on_the_command_line_needs_no_quotes():
+    assert load_config(overrides=["prompt=1E5", "output.name=007"]).prompt == "1E5"

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import pickletools
+import struct
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dragdiff import methods
 from dragdiff.data import safe_pickle
@@ -218,6 +219,21 @@ def test_bad_image_prompt_and_mask(options, expected):
     assert expected in message(EditSample, **{"image": picture(), "prompt": "", "points": PAIR} | options)
 
 
+def test_what_is_most_likely_not_meant():
+    image, mask = np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), np.uint8)
+    mask[:, 32:] = 255
+    pairs = [[[40, 9], [50, 9]], [[10, 9], [20.5, 9]], [[40, 9], [31, 9]], [[5, 5], [5, 5]]]
+    (doubt,) = EditSample(image, "", pairs, mask).doubts()
+    assert doubt.startswith("Outside of the mask's white, where nothing may change: the handle (10, 9) of pair 2, ")
+    assert doubt.count("pair 2") == 2 and "the target (31, 9) of pair 3. Is the mask inverted?" in doubt
+    assert "pair 1" not in doubt and "pair 4" not in doubt, "an anchor may be there"
+    assert EditSample(image, "", pairs, 255 - mask).doubts()
+    assert not EditSample(image, "", pairs).doubts() and not EditSample(image, "", [], mask).doubts()
+    (doubt,) = EditSample(image, "", [[[0.3, 0.4], [0.6, 1]]]).doubts()
+    assert "not shares of width and height" in doubt
+    assert not EditSample(image, "", [[[0.3, 0.4], [0.6, 1.5]]]).doubts()
+
+
 def test_resized_scales_points_and_mask_with_the_picture():
     mask = np.random.default_rng(1).random((60, 101)) > 0.5
     sample = EditSample(picture(60, 101), "a cat", [[[0, 0], [100.9, 59.9]], [[50.5, 30], [20, 45]]], mask, "tom")
@@ -280,6 +296,78 @@ def test_exif_orientation(tmp_path, orientation, upright):
     assert np.array_equal(load_mask(mask), upright(box() == 1))
     deep = saved(tmp_path / "d.png", stored[..., 0].astype(np.uint16) * 257, exif=exif)
     assert np.array_equal(load_image(deep)[..., 0], upright(stored[..., 0]))
+
+
+def colour_profile(primaries: list[tuple[float, float, float]]) -> bytes:
+    """A small ICC matrix profile of gamma 2.2."""
+    gamma = 2.2
+
+    def s15(value):
+        return struct.pack(">i", round(value * 65536))
+
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + b"".join(map(s15, values))
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    name = b"P3 like\0"
+    described = b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + b"\0" * 79
+    described += b"\0" * (-len(described) % 4)
+    white = (0.9642, 1, 0.8249)
+    tags = [(b"desc", described), (b"cprt", b"text\0\0\0\0none\0\0\0\0"), (b"wtpt", xyz(white))]
+    tags += [(n, xyz(v)) for n, v in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True)]
+    tags += [(n, curve) for n in (b"rTRC", b"gTRC", b"bTRC")]
+    start, table, data = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for n, value in tags:
+        table += n + struct.pack(">II", start + len(data), len(value))
+        data += value
+    body = table + data
+    head = struct.pack(">I4sI4s4s4s", 128 + len(body), b"lcms", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + b"\0" * 28 + b"".join(map(s15, white)) + b"\0" * 48
+    return head + body
+
+
+P3 = colour_profile([(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_with_a_profile_become_srgb(tmp_path, mode):
+    image = Image.new("RGB", (32, 32), (200, 60, 60))
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "a.png", icc_profile=P3)
+    for given in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        pixels = EditSample(given, "", []).image
+        assert np.abs(pixels.astype(int) - (219, 37, 49)).max() <= 1
+    mask = Image.fromarray(box() * 255).convert("RGB")
+    mask.save(tmp_path / "m.png", icc_profile=P3)
+    assert np.array_equal(load_mask(tmp_path / "m.png"), box() == 1)
+
+
+def test_transparency_stays_beside_a_profile(tmp_path):
+    image = Image.new("RGBA", (32, 32), (200, 60, 60, 255))
+    image.putpixel((0, 0), (200, 60, 60, 0))
+    image.save(tmp_path / "a.png", icc_profile=P3)
+    pixels = load_image(tmp_path / "a.png")
+    assert pixels[0, 0].tolist() == [255, 255, 255] and np.abs(pixels[1, 1].astype(int) - (219, 37, 49)).max() <= 1
+
+
+def test_profiles_that_say_nothing_leave_pixels_as_they_are(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"no profile", P3[:200], P3[:-60]):
+        file = saved(tmp_path / "a.png", pixels, icc_profile=profile)
+        assert np.array_equal(load_image(file), pixels)
+    grey = saved(tmp_path / "g.png", pixels[..., 0], icc_profile=P3)
+    assert np.array_equal(load_image(grey)[..., 0], pixels[..., 0]), "a profile of another mode"
+
+
+@pytest.mark.parametrize(
+    "exif", [b"no TIFF header", b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01", b"Exif\0\0", b"II*\0\xff\xff\xff\x7f"]
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_damaged_exif_data_are_ignored(tmp_path, exif, name):
+    file = saved(tmp_path / name, picture(), exif=exif)
+    assert np.array_equal(load_image(file), np.asarray(Image.open(file).convert("RGB")))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "big-endian.tif", "mode-I"])

@@ -1,7 +1,10 @@
 """The editor as a guest: what it is lent comes back as it was, and a generated picture can be taken up again."""
 
 import csv
+import dataclasses
+import math
 import random
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,8 +24,9 @@ from dragdiff.backbones import lora_file
 from dragdiff.backbones.loading import load_backbone
 from dragdiff.backbones.stable_diffusion import StableDiffusion
 from dragdiff.config import load_config
-from dragdiff.editor import OneModel
+from dragdiff.editor import OneModel, enough_memory
 from dragdiff.errors import UserError
+from dragdiff.methods import dragdiffusion
 from dragdiff.modules import lora
 from dragdiff.output import HANDLE
 from dragdiff.stages import sources
@@ -319,6 +323,119 @@ def test_a_cached_lora_is_used_for_exactly_what_it_was_trained_for(backbone, tmp
 def test_a_latent_that_is_not_finite_is_no_fault_of_the_drag(backbone, monkeypatch):
     encode = backbone.encode
     monkeypatch.setattr(backbone, "encode", lambda images: tuple(part / 0 for part in encode(images)))
+    with pytest.raises(UserError, match=r"not finite.*use model\.dtype=fp32"):
+        Editor(load_config(overrides=[*QUICK, "lora.steps=0"]), backbone).edit(SAMPLE)
+
+
+def notes_before_work(run: Editor, sample: EditSample, monkeypatch) -> list[str]:
+    """What an edit warns of before its method runs."""
+
+    def stop(job):
+        raise UserError("stop")
+
+    monkeypatch.setattr(run, "method", dataclasses.replace(run.method, run=stop))
+    with warnings.catch_warnings(record=True) as notes, pytest.raises(UserError, match="stop"):
+        warnings.simplefilter("always")
+        run.edit(sample)
+    return [str(note.message) for note in notes if issubclass(note.category, UserWarning)]
+
+
+def test_a_sample_that_is_most_likely_not_meant_is_said_before_the_work(backbone, monkeypatch):
+    def notes(pairs, *overrides, mask=None):
+        run = Editor(load_config(overrides=[*QUICK, *overrides]), backbone)
+        return notes_before_work(run, EditSample(SAMPLE.image, "", pairs, mask, "cat"), monkeypatch)
+
+    assert notes([[[10, 20], [30, 20]]], mask=MASK) == []
+    (note,) = notes([[[50, 20], [60, 20]]], mask=MASK)
+    assert note.startswith("cat: Outside of the mask's white") and "(50, 20) of pair 1" in note
+    near, mixed = [[[10, 20], [13, 20]]], [[[10, 20], [13, 20]], [[10, 20], [30, 20]]]
+    assert notes(mixed) == notes(near, "drag.stop_distance=1") == notes(near, "method=fastdrag") == []
+    assert notes(near) == [
+        "cat: all handles are nearer to their targets than drag.stop_distance, here 4 px of the picture: nothing will "
+        "be dragged"
+    ]
+    shares = notes([[[0.3, 0.4], [0.6, 0.4]]])
+    assert len(shares) == 2 and "not shares of width and height" in shares[0]
+
+
+def test_a_large_picture_is_worked_on_at_a_size_that_suits_the_model(backbone, monkeypatch):
+    assert backbone.trained_size == 512
+    monkeypatch.setattr(backbone, "trained_size", 64)
+    image = np.random.default_rng(0).integers(0, 255, (96, 256, 3)).astype(np.uint8)
+    large = EditSample(image, "", [[[10, 20], [90, 20]]], None, "cat")
+    run = Editor(load_config(overrides=QUICK), backbone)
+    assert run.size_class(large) == (6, 16)
+    (note,) = notes_before_work(run, large, monkeypatch)
+    assert note.startswith("cat has 256x96 px and is worked on at 128x48,") and "data.max_size" in note
+    for size, expected in (("256", (12, 32)), ("9999", (12, 32)), ("64", (3, 8))):
+        chosen = Editor(load_config(overrides=[*QUICK, f"data.max_size={size}"]), backbone)
+        assert chosen.size_class(large) == expected and notes_before_work(chosen, large, monkeypatch) == []
+    small = EditSample(image[:, :128], "", [[[10, 20], [90, 20]]], None, "cat")
+    assert run.size_class(small) == (12, 16) and notes_before_work(run, small, monkeypatch) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        MemoryError("Unable to allocate 9 GiB"),
+        RuntimeError("a bug"),
+    ],
+)
+def test_memory_that_gives_out_anywhere_is_said_as_on_a_gpu(backbone, monkeypatch, error):
+    def encode(images):
+        raise error
+
+    monkeypatch.setattr(backbone, "encode", encode)
+    run, bug = Editor(load_config(overrides=[*QUICK, "lora.steps=0"]), backbone), "a bug" in str(error)
+    kind, said = (RuntimeError, "a bug") if bug else (UserError, "memory is too small for this")
+    with pytest.raises(kind, match=said), enough_memory():
+        run.edit(SAMPLE)
+    with pytest.raises(RuntimeError) as caught:
+        run.edit(SAMPLE)
+    assert isinstance(caught.value, torch.OutOfMemoryError) != bug
+
+
+@pytest.fixture
+def overflows(backbone, monkeypatch) -> None:
+    """An autoencoder that makes no finite picture of anything."""
+    weight = backbone.pipeline.vae.decoder.conv_out.weight
+    monkeypatch.setattr(weight, "data", weight.data / 0)
+
+
+@pytest.mark.parametrize("overrides", [[], ["generate.enabled=true"]])
+def test_a_picture_that_is_not_finite_is_an_error_and_its_previews_are_left_out(
+    backbone, overflows, monkeypatch, overrides
+):
+    shown: list[Any] = []
+    run = Editor(load_config(overrides=[*QUICK, "lora.steps=0", *overrides]), backbone)
+    with pytest.raises(UserError, match=r"the autoencoder of .* overflows"):
+        run.edit(SAMPLE, watch=lambda step, handles, preview: shown.append(preview))
+    assert shown == ([] if overrides else [None, None])
+    with pytest.raises(UserError, match=r"the autoencoder of .* overflows"):
+        run.generate("a cat")
+
+
+def test_the_other_edits_of_a_batch_have_their_pictures(backbone, monkeypatch):
+    decode, calls = backbone.decode, []
+
+    def fail_first(latents):
+        calls.append(latents)
+        if len(calls) == 1:
+            raise UserError("the autoencoder overflows")
+        return decode(latents)
+
+    run = Editor(load_config(overrides=[*QUICK, "lora.steps=0", "output.frames_every=0"]), backbone)
+    alone = run.edit(SAMPLE)
+    monkeypatch.setattr(backbone, "decode", fail_first)
+    failed, result = run.edit_batch([Request(SAMPLE), Request(SAMPLE)])
+    assert isinstance(failed, UserError) and np.abs(result.image - alone.image.astype(int)).max() <= 1
+
+
+def test_a_latent_that_the_drag_or_the_denoising_has_spoilt_makes_no_picture(backbone, monkeypatch):
+    denoise = dragdiffusion.stages.denoise
+    monkeypatch.setattr(dragdiffusion.stages, "denoise", lambda *args, **kwargs: denoise(*args, **kwargs) * math.nan)
     with pytest.raises(UserError, match=r"not finite.*use model\.dtype=fp32"):
         Editor(load_config(overrides=[*QUICK, "lora.steps=0"]), backbone).edit(SAMPLE)
 

@@ -95,6 +95,38 @@ def test_damaged_weights_are_said_in_one_line(copy, part):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("gone", [1, 3])
+def test_a_part_whose_weights_are_not_all_there_is_incomplete(copy, part, gone, tiny_sd):
+    (file,) = (copy / part).glob("*.safetensors")
+    weights = load_file(file)
+    names = sorted(weights)[-gone:]
+    save_file({name: value for name, value in weights.items() if name not in names}, file, metadata={"format": "pt"})
+    said = rf"model/{part} is incomplete: it lacks {gone} of .* e\.g\. '\S+'; download it again"
+    with pytest.raises(UserError, match=said) as caught:
+        load_backbone(settings(copy))
+    assert names[0].removeprefix("text_model.") in str(caught.value)
+    if part != "text_encoder":
+        with pytest.raises(UserError, match=said):
+            load_backbone(settings(tiny_sd, f"model.{part}={copy / part}"))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_weights_of_another_program_are_not_made_anew(copy, part):
+    (file,) = (copy / part).glob("*.safetensors")
+    weights = {f"foo.{name}": value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{part} is incomplete: it lacks {len(weights)} of .*\(what is 'foo\."):
+        load_backbone(settings(copy))
+
+
+def test_an_autoencoder_with_another_scaling_factor_is_refused(copy, tiny_sd):
+    change(copy / "vae" / "config.json", scaling_factor=0.13025)
+    with pytest.raises(UserError, match=r"model/vae' has scaling_factor 0\.13025, the model .* 0\.18215: .*SDXL"):
+        load_backbone(settings(tiny_sd, f"model.vae={copy / 'vae'}"))
+    load_backbone(settings(copy, f"model.vae={copy / 'vae'}"))
+
+
 @pytest.mark.parametrize(
     "overrides, said",
     [
@@ -248,7 +280,7 @@ def test_the_structure_is_that_of_the_unet_that_will_be_used(tiny_sd, tmp_path):
     chosen = settings(tiny_sd, f"model.unet={tmp_path / 'two'}")
     found, loaded = structure(chosen), load_backbone(chosen)
     assert found.feature_strides == loaded.feature_strides
-    assert found.features == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
+    assert list(found.feature_strides) == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     assert found.self_attention_layers == loaded.self_attention_layers
 
 
@@ -435,6 +467,66 @@ def test_a_single_file_autoencoder(checkpoint, backbone, tiny_sd, tiny_configs, 
     assert same_weights(load_backbone(settings(tiny_sd, f"model.vae={file}")), backbone)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.diffusion_model.out.2.weight",
+        "model.diffusion_model.input_blocks.3.0.op.bias",
+        "first_stage_model.decoder.up.1.upsample.conv.weight",
+        "first_stage_model.encoder.conv_out.bias",
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    ],
+)
+def test_a_single_file_that_lacks_a_weight_is_incomplete(checkpoint, tiny_configs, tmp_path, name):
+    save_file({key: value for key, value in checkpoint.items() if key != name}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x\.safetensors is incomplete: it lacks \d of .* e\.g\. '\S+'; download"):
+        load_backbone(settings(tmp_path / "x.safetensors"))
+
+
+def test_a_single_file_without_an_autoencoder_and_one_given(checkpoint, backbone, tiny_sd, tiny_configs, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({name: value for name, value in checkpoint.items() if not name.startswith("first_stage")}, file)
+    with pytest.raises(UserError, match=r"lacks the autoencoder: give one, e\.g\. model\.vae="):
+        check_model(settings(file))
+    given = settings(file, f"model.vae={tiny_sd / 'vae'}")
+    check_model(given)
+    assert structure(given).self_attention_layers == backbone.self_attention_layers
+    assert same_weights(load_backbone(given), backbone)
+
+
+@pytest.mark.parametrize(
+    "theirs", ["cond_stage_model.transformer.", "cond_stage_model.", "cond_stage_model.clip_l.transformer.text_model."]
+)
+def test_other_names_of_the_text_encoder(checkpoint, backbone, tiny_configs, tmp_path, theirs):
+    ours, file = "cond_stage_model.transformer.text_model.", tmp_path / "x.safetensors"
+    save_file({name.replace(ours, theirs): value for name, value in checkpoint.items()}, file)
+    assert single_file.family(file) == "sd1"
+    assert same_weights(load_backbone(settings(file)), backbone)
+
+
+@pytest.mark.parametrize(
+    "marks, metadata, predicted",
+    [
+        ({"v_pred": torch.zeros(0)}, {}, "v_prediction"),
+        ({}, {"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({}, {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ({}, {}, "epsilon"),
+    ],
+)
+def test_a_checkpoint_may_say_what_it_predicts(checkpoint, tiny_configs, tmp_path, marks, metadata, predicted):
+    file = tmp_path / "x.safetensors"
+    save_file(checkpoint | marks, file, metadata)
+    assert load_backbone(settings(file)).prediction_type == predicted
+    assert load_backbone(settings(file, "model.prediction=epsilon")).prediction_type == "epsilon", "what is set wins"
+
+
+def test_a_checkpoint_may_say_that_its_schedule_ends_in_pure_noise(checkpoint, backbone, tiny_configs, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file(checkpoint | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, file)
+    assert load_backbone(settings(file)).scheduler(50).alphas_cumprod[-1] < 1e-6
+    assert backbone.scheduler(50).alphas_cumprod[-1] > 1e-3
+
+
 CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -466,6 +558,8 @@ def test_a_single_file_of_stable_diffusion_2_must_be_told_what_it_predicts(check
     with pytest.raises(UserError, match=r"model\.prediction=v_prediction"):
         check_model(settings(file))
     check_model(settings(file, "model.prediction=v_prediction"))
+    save_file(weights | {"v_pred": torch.zeros(0)}, file)
+    check_model(settings(file))
 
 
 @pytest.mark.parametrize("kind, context, heads", [("sd1", 768, 8), ("sd2", 1024, [5, 10, 20, 20])])

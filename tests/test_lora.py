@@ -312,6 +312,99 @@ def test_rank_stabilised_scale(unet, tmp_path):
     assert set(lora_file.load(tmp_path / "a.safetensors").scale.values()) == {6 / RANK**0.5}
 
 
+def file_with(adapter: lora.LoRA, folder: Path, **metadata) -> Path:
+    """As diffusers writes it, with metadata of one's own."""
+    file = lora_file.save(adapter, folder)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    about = {"r": RANK, "lora_alpha": 6, "peft_type": "LORA", "target_modules": targets} | metadata
+    about = {f"unet.{key}": value for key, value in about.items()}
+    save_file(load_file(file), file, {"format": "pt", "lora_adapter_metadata": json.dumps(about)})
+    return file
+
+
+@pytest.mark.parametrize(
+    "patterns", [{"to_q": 8}, {r"down_blocks.*\.to_[kq]": 8, "to_k": 1}, {"attn1.to_out.0": 2}, {}]
+)
+def test_patterns_of_alpha_are_read_as_diffusers_does(unet, tiny_sd, tmp_path, patterns):
+    adapter = trained(unet)
+    read = lora_file.load(file_with(adapter, tmp_path, alpha_pattern=patterns))
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, use_safetensors=True, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path)
+    theirs = {path: pipeline.unet.get_submodule(path).scaling["default_0"] for path in adapter.down}
+    assert read.scale == pytest.approx(theirs)
+    assert len(set(theirs.values())) == 1 + len(patterns)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("place", ["the folder", "its file"])
+def test_pefts_own_folder(unet, tmp_path, rslora, place):
+    from peft import LoraConfig, get_peft_model
+
+    network = copy.deepcopy(unet)
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=["to_q", "to_k"], alpha_pattern={"to_k": 1}, use_rslora=rslora
+    )
+    wrapped = get_peft_model(network, config)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    wrapped.save_pretrained(tmp_path)
+    read = lora_file.load(tmp_path if place == "the folder" else tmp_path / "adapter_model.safetensors")
+    theirs = forward(wrapped)
+    with lora.merged(unet, read):
+        torch.testing.assert_close(forward(unet), theirs, rtol=0, atol=1e-4)
+    assert set(read.scale.values()) == {6 / (2**0.5 if rslora else 2), 1 / (2**0.5 if rslora else 2)}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "four"},
+        {"lora_alpha": [4]},
+        {"lora_alpha": True},
+        {"lora_alpha": float("nan")},
+        {"alpha_pattern": ["to_q"]},
+        {"alpha_pattern": {"to_q(": 4}},
+        {"alpha_pattern": {"to_q": None}},
+    ],
+)
+def test_odd_metadata_are_said_in_one_line(unet, tmp_path, odd):
+    with pytest.raises(UserError, match=r"the metadata of the LoRA .* are odd: .* a number for \S+ ") as caught:
+        lora_file.load(file_with(trained(unet), tmp_path, **odd))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{"])
+def test_metadata_that_are_no_object_are_said_in_one_line(unet, tmp_path, text):
+    file = lora_file.save(trained(unet), tmp_path)
+    save_file(load_file(file), file, {"lora_adapter_metadata": text})
+    with pytest.raises(UserError, match=r"the metadata of the LoRA|cannot read the LoRA") as caught:
+        lora_file.load(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "end, kind",
+    [
+        ("hada_w1_a", "a LoHa"),
+        ("lokr_w1", "a LoKr"),
+        ("dora_scale", "a DoRA"),
+        ("lora_magnitude_vector", "a DoRA"),
+        ("oft_blocks", "an OFT"),
+        ("lora_mid.weight", "a LoCon in Tucker form"),
+        ("diff", "a full difference"),
+    ],
+)
+def test_other_adapters_are_named(tmp_path, end, kind):
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    weights = {f"{stem}.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
+    save_file(weights | {f"{stem}.{end}": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"a\.safetensors is {kind}.*, not a LoRA: only plain LoRAs") as caught:
+        lora_file.load(tmp_path / "a.safetensors")
+    assert "\n" not in str(caught.value)
+
+
 def test_the_references_own_file():
     adapter = lora_file.load(TRACES / "lora_bs4")
     raw = load_file(TRACES / "lora_bs4" / lora_file.FILE_NAME)

@@ -310,6 +310,15 @@ def test_runs_wait_in_order_and_not_without_end(app, client):
     assert queued[first].status == "cancelled" and page.queue.ahead(queued[second]) == 0
 
 
+def test_points_where_nothing_may_change_are_said_of_a_run(app, client):
+    mask = np.zeros((48, 64), bool)
+    mask[:, 40:] = True
+    body = edit(client) | {"mask": mask_url(mask)}
+    assert client.post("/api/runs", json=body).status_code == 200
+    (run,) = [run for one in app.state.page.visitors for run in one.runs.values()]
+    assert "Is the mask inverted?" in run.as_json(0)["request"]["doubts"]
+
+
 def test_two_methods_on_one_drag_wait_together_or_not_at_all(app, client):
     settings = {"drag.lr": 0.3, "ddim.steps": 20}
     body = edit(client, method="fastdrag", against="dragdiffusion", settings=settings)

@@ -36,6 +36,7 @@ class Diffusion(ABC):
         prediction_type: "epsilon" or "v_prediction".
         latent_stride: image px per latent px.
         latent_channels: channels of a latent.
+        trained_size: side of the pictures that it was trained on, px.
         feature_strides: latent px per feature px of each feature point, in execution order.
         bottleneck: the feature point with the coarsest features.
         lora_targets: name endings of the projections that a LoRA updates.
@@ -51,6 +52,7 @@ class Diffusion(ABC):
     prediction_type: str
     latent_stride: int
     latent_channels: int
+    trained_size: int
     feature_strides: Mapping[str, int]
     bottleneck: str
     lora_targets: Sequence[str]
@@ -76,7 +78,10 @@ class Diffusion(ABC):
             latents: scaled, (B, C, h, w).
 
         Returns:
-            (B, 3, H', W'), about [-1, 1]; H' and W' are multiples of the stride.
+            (B, 3, H', W'), about [-1, 1] and finite where the latents are; H' and W' are multiples of the stride.
+
+        Raises:
+            UserError: the autoencoder can't make a finite picture of finite latents.
         """
 
     @abstractmethod

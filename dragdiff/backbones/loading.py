@@ -28,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "embedded-sd"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # the same parts; others need more
 CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+UNET_CONFIG = ("unet/config.json|config.json",)
 PIECE = 2**20  # bytes of a large file that are read at its beginning, middle and end to tell it from another
 HUB_TIMEOUT = 5.0  # s until a hub that does not answer is given up
 
@@ -100,7 +101,7 @@ def check_model(config: ModelConfig) -> None:
         _check_weights(_unet_folder(config.unet))
     path = _local(config.path)
     if path and path.is_file():
-        if single_file.family(path) == "sd2" and config.prediction == "auto":
+        if _family(path, config) == "sd2" and config.prediction == "auto" and not single_file.prediction(path):
             raise UserError(
                 f"{path} does not say what it predicts: set model.prediction=v_prediction (SD 2.x for 768 px) or "
                 "epsilon (SD 2.x base)"
@@ -122,7 +123,11 @@ def _config_folder(config: ModelConfig) -> Path:
     path = _local(config.path)
     if path is None:
         return hub_folder(config.path, config.revision)
-    return single_file.SHIPPED / single_file.family(path) if path.is_file() else path
+    return single_file.SHIPPED / _family(path, config) if path.is_file() else path
+
+
+def _family(file: Path, config: ModelConfig) -> str:
+    return single_file.family(file, given=["vae"] if config.vae else [])
 
 
 def _unet_config(config: ModelConfig) -> Path:
@@ -132,7 +137,7 @@ def _unet_config(config: ModelConfig) -> Path:
 
 def _unet_folder(name: str) -> Path:
     """Where a UNet is, in a folder or the hub's cache: by itself, or in a pipeline's."""
-    folder = _local(name) or hub_folder(name, "", needed=["unet/config.json|config.json"])
+    folder = _local(name) or hub_folder(name, "", needed=UNET_CONFIG)
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
@@ -275,20 +280,25 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
     Raises:
         UserError: no such model, or one that can't be used; says what was looked for and how to get it.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL
 
     check_model(config)
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     parts: Json = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     _quiet()
     try:
+        if (file := _local(config.vae)) and file.is_file():
+            parts["vae"] = single_file.load_vae(file, dtype=dtype)
+        elif config.vae:
+            parts["vae"] = _load(_load_part, config.vae, "", ["config.json"], kind=AutoencoderKL, dtype=dtype)
         if config.vae:
-            parts["vae"] = _load(AutoencoderKL, single_file.load_vae, config.vae, "", dtype=dtype)
+            _check_scaling(parts["vae"], config)
         if config.unet:
             parts["unet"] = _load_unet(config.unet, dtype=dtype)
-        pipeline = _load(
-            StableDiffusionPipeline, single_file.load_pipeline, config.path, config.revision, dtype=dtype, **parts
-        )
+        if (file := _local(config.path)) and file.is_file():
+            pipeline = single_file.load_pipeline(file, dtype=dtype, **parts)
+        else:
+            pipeline = _load(_load_pipeline, config.path, config.revision, CONFIGS, dtype=dtype, parts=parts)
     except UserError:
         raise
     except Exception as error:  # damaged or foreign files make the libraries raise nearly anything
@@ -301,45 +311,87 @@ def load_backbone(config: ModelConfig) -> StableDiffusion:
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    return StableDiffusion(pipeline, name=config.path, prediction=config.prediction)
+    prediction = config.prediction
+    if prediction == "auto" and (file := _local(config.path)) and file.is_file():
+        prediction = single_file.prediction(file) or "auto"
+    return StableDiffusion(pipeline, name=config.path, prediction=prediction)
 
 
-def _load(kind: Any, from_file: Callable[..., Any], name: str, revision: str, **settings: Any) -> Any:
-    """A pipeline or model from a file, a folder, the hub's cache or, where that lacks it, the hub."""
-    from diffusers import AutoencoderKL
+def _load(load: Callable[..., Any], name: str, revision: str, needed: Sequence[str], **settings: Any) -> Any:
+    """A pipeline or a part from a folder, the hub's cache or, where that lacks it, the hub.
 
+    Args:
+        load: given a folder, or a hub id.
+        needed: as for `hub_folder`.
+    """
     path = _local(name)
-    if path and path.is_file():
-        return from_file(path, **settings)
-    settings["use_safetensors"] = True  # None would fall back to pickled weights
-    folder = path or hub_folder(name, revision, needed=["config.json"] if kind is AutoencoderKL else CONFIGS)
-    whole = "text_encoder" if "unet" in settings else "unet"  # of a pipeline, a part that is looked at
-    variant = _variant(folder if (folder / "config.json").is_file() else folder / whole)
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, variant=variant, **settings)
+        return load(path or hub_folder(name, revision, needed=needed), local_files_only=True, **settings)
+    except UserError:
+        raise
     except Exception:  # incomplete in the cache; the libraries say so in many ways
         if path:
             raise
         _ask_hub(name, revision)
-        return kind.from_pretrained(name, revision=revision or None, **settings)
+        return load(name, revision=revision or None, **settings)
+
+
+def _load_pipeline(source: Path | str, *, dtype: torch.dtype, parts: Json, **hub: Any) -> Any:
+    """A diffusers `StableDiffusionPipeline`; `parts` replace components."""
+    import transformers
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+
+    index, _ = StableDiffusionPipeline.load_config(str(source), return_unused_kwargs=True, **hub)
+    encoder = getattr(transformers, index["text_encoder"][1])
+    for part, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": encoder}.items():
+        if part not in parts:  # the pipeline would load it, but not say which weights it has made anew
+            parts[part] = _load_part(source, kind, subfolder=part, dtype=dtype, **hub)
+    return StableDiffusionPipeline.from_pretrained(str(source), dtype=dtype, **parts, **hub)
+
+
+def _load_part(source: Path | str, kind: Any, *, dtype: torch.dtype, subfolder: str = "", **hub: Any) -> Any:
+    """A model of diffusers or transformers.
+
+    Raises:
+        UserError: some of its weights are not in the file.
+    """
+    if isinstance(source, Path):  # of the hub's, without a folder, the variant in full precision
+        hub["variant"] = _variant(source / subfolder)
+    model, told = kind.from_pretrained(
+        str(source),
+        dtype=dtype,
+        use_safetensors=True,  # None would fall back to pickled weights
+        output_loading_info=True,
+        **({"subfolder": subfolder} if subfolder else {}),
+        **hub,
+    )
+    single_file.check_complete(f"{source}/{subfolder}".rstrip("/"), told["missing_keys"], told["unexpected_keys"])
+    return model
+
+
+def _check_scaling(vae: Any, config: ModelConfig) -> None:
+    """
+    Raises:
+        UserError: an autoencoder's latents have another scale than those that the model knows.
+    """
+    file, published = _config_folder(config) / "vae" / "config.json", 0.18215
+    own = _read_json(file).get("scaling_factor", published) if file.is_file() else published
+    if vae.config.scaling_factor != own:
+        raise UserError(
+            f"the autoencoder {config.vae!r} has scaling_factor {vae.config.scaling_factor}, the model {config.path!r} "
+            f"{own}: it is for another kind of model (SDXL?)"
+        )
 
 
 def _load_unet(name: str, *, dtype: torch.dtype) -> Any:
-    """A UNet by itself, or out of a pipeline, of a folder, the hub's cache or, where that lacks it, the hub."""
+    """A UNet by itself, or out of a pipeline."""
     from diffusers import UNet2DConditionModel
 
-    folder = _unet_folder(name)
-    settings: Json = {"dtype": dtype, "use_safetensors": True}
-    try:
-        return UNet2DConditionModel.from_pretrained(
-            str(folder), local_files_only=True, variant=_variant(folder), **settings
-        )
-    except Exception:  # as in `_load`
-        if _local(name):
-            raise
-        _ask_hub(name, "")
-        inside = {"subfolder": "unet"} if folder.name == "unet" else {}
-        return UNet2DConditionModel.from_pretrained(name, **inside, **settings)
+    folder, settings = _unet_folder(name), {"kind": UNet2DConditionModel, "dtype": dtype}
+    if _local(name):
+        return _load_part(folder, **settings)
+    inside = "unet" if folder.name == "unet" else ""
+    return _load(_load_part, name, "", UNET_CONFIG, subfolder=inside, **settings)
 
 
 def _variant(folder: Path) -> str | None:

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +15,20 @@ from dragdiff.errors import UserError, one_line
 from dragdiff.modules.lora import DOWN, UP, LoRA, extract, peft_config
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+PEFT_NAME, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+# what is more than a LoRA, by a part of its weights' names
+OTHERS = {
+    "hada_": "a LoHa (LyCORIS)",
+    "lokr_": "a LoKr (LyCORIS)",
+    "dora_scale": "a DoRA",
+    "magnitude": "a DoRA",
+    "oft_": "an OFT",
+    "lora_mid": "a LoCon in Tucker form (LyCORIS)",
+    "glora": "a GLoRA (LyCORIS)",
+    ".diff": "a full difference (LyCORIS)",
+    "emb_params": "a textual inversion",
+    "model.diffusion_model.": "a whole checkpoint (for model.path)",
+}
 
 
 def save(lora: LoRA, folder: Path) -> Path:
@@ -41,21 +56,23 @@ def save(lora: LoRA, folder: Path) -> Path:
 
 def file_of(path: Path) -> Path:
     """The file that a path names, or that is in the folder which it names."""
-    return path / FILE_NAME if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    return next((path / name for name in (FILE_NAME, PEFT_NAME) if (path / name).is_file()), path / FILE_NAME)
 
 
 def load(path: Path) -> LoRA:
-    """Read a LoRA saved by this project, by diffusers (peft or older keys), by kohya's scripts or by the reference.
+    """Read a LoRA saved by this project, by diffusers (peft or older keys), peft, kohya's scripts or the reference.
 
     A text encoder's part is left out, with a warning.
 
     Args:
-        path: a .safetensors file, or a folder that holds `pytorch_lora_weights.safetensors`.
+        path: a .safetensors file, or a folder that holds `pytorch_lora_weights.safetensors`, or peft's own.
 
     Raises:
         UserError: missing, unreadable, or not a LoRA of a UNet.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     file = file_of(path)
     if not file.is_file():
@@ -64,8 +81,15 @@ def load(path: Path) -> LoRA:
         with safe_open(file, framework="pt") as opened:
             metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        _check_kind(weights)
+        if any(key.startswith(PEFT_PREFIX) for key in weights):
+            weights = {f"unet.{key.removeprefix(PEFT_PREFIX)}": value for key, value in weights.items()}
+            config = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
+            metadata = {f"unet.{key}": value for key, value in config.items()}
         weights = _to_peft_names(weights)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except UserError as error:
+        raise UserError(f"{file} is {error}") from None
+    except Exception as error:  # the libraries raise nearly anything for damaged and foreign files
         raise UserError(f"cannot read the LoRA {file}: {one_line(error)}") from error
     strange = [key for key in weights if not key.endswith((DOWN, UP))]
     if strange:
@@ -77,9 +101,40 @@ def load(path: Path) -> LoRA:
         rank = down.shape[0]
         if lora.up[module].shape[1] != rank:
             raise UserError(f"{file} is damaged: at {module} the ranks {rank} and {lora.up[module].shape[1]} differ")
-        alpha = metadata.get("unet.alpha_pattern", {}).get(module, metadata.get("unet.lora_alpha", rank))
-        lora.scale[module] = alpha / (math.sqrt(rank) if metadata.get("unet.use_rslora") else rank)
+        lora.scale[module] = _scale(metadata, module, rank, file)
     return lora
+
+
+def _scale(metadata: Any, module: str, rank: int, file: Path) -> float:
+    """Alpha / rank as peft computes it, where patterns are regular expressions for the end of a module's path.
+
+    Raises:
+        UserError: the metadata's values are odd.
+    """
+    from peft.utils.other import get_pattern_key
+
+    try:
+        patterns = metadata.get("unet.alpha_pattern") or {}
+        alpha = patterns.get(get_pattern_key(patterns, module), metadata.get("unet.lora_alpha", rank))
+        scale = alpha / (math.sqrt(rank) if metadata.get("unet.use_rslora") else rank)
+        if isinstance(alpha, bool) or not math.isfinite(scale):
+            raise ValueError(f"alpha is {alpha}")
+        return float(scale)
+    except Exception as error:  # values of any type, expressions that do not compile
+        raise UserError(
+            f"the metadata of the LoRA {file} are odd: lora_alpha and alpha_pattern must give a number for {module} "
+            f"({one_line(error)}); save it again, or remove its metadata"
+        ) from error
+
+
+def _check_kind(weights: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        UserError: it is more than a LoRA; says what.
+    """
+    for part, kind in OTHERS.items():
+        if any(part in key for key in weights):
+            raise UserError(f"{kind}, not a LoRA: only plain LoRAs can be used, some programs convert to one")
 
 
 def _to_peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,8 +146,6 @@ def _to_peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from diffusers import StableDiffusionPipeline
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
-    if any("dora" in key or "magnitude" in key for key in weights):
-        raise ValueError("it is a DoRA, which is more than a LoRA and not supported")
     weights = {key.replace("unet.unet.", "unet.", 1): value for key, value in weights.items()}  # the reference's prefix
     for key in [key for key in weights if key.endswith(".alpha")]:
         module, alpha = key.removesuffix(".alpha"), float(weights.pop(key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -73,6 +74,8 @@ class StableDiffusion(Diffusion):
         self.device = pipeline.unet.device
         self.latent_stride = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.latent_channels = pipeline.unet.config.in_channels
+        side = pipeline.unet.config.sample_size
+        self.trained_size = self.latent_stride * (side if isinstance(side, int) else 64)
         self.feature_strides = feature_strides(self.network)
         self.self_attention_layers = self_attention_layers(self.network)
         self.compilation = Compilation(self.network, self._probe_gradient)
@@ -84,9 +87,18 @@ class StableDiffusion(Diffusion):
         return posterior.mean.float() * scale, posterior.std.float() * scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        # the published code multiplies by 1 / scale; dividing differs in the last bit
-        images = vae.decode((1 / vae.config.scaling_factor * latents).to(vae.device, vae.dtype)).sample.float()
+        images = _decoded(self.pipeline.vae, latents)
+        if torch.isfinite(images).all() or not torch.isfinite(latents).all():
+            return images
+        # some published autoencoders overflow in half precision
+        with torch.autocast(self.device.type, enabled=False):
+            images = _decoded(copy.deepcopy(self.pipeline.vae).float(), latents)
+        if not torch.isfinite(images).all():
+            half = "" if self.pipeline.vae.dtype == torch.float32 else "set model.dtype=fp32, "
+            raise UserError(
+                f"the autoencoder of {self.name} overflows, its picture is not finite: {half}download it again, or use "
+                "another, e.g. model.vae=stabilityai/sd-vae-ft-mse"
+            )
         return images
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -164,6 +176,12 @@ class StableDiffusion(Diffusion):
         if int(scheduler.timesteps[0]) >= len(scheduler.alphas_cumprod):
             raise UserError(f"ddim.steps is {steps}: the model's schedule has no room for more than {steps - 1}")
         return scheduler
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    # the published code multiplies by 1 / scale; dividing differs in the last bit
+    images: Tensor = vae.decode((1 / vae.config.scaling_factor * latents).to(vae.device, vae.dtype)).sample
+    return images.float()
 
 
 def feature_strides(unet: Any) -> dict[str, int]:

@@ -42,11 +42,11 @@ class Frames(DragCallback):
     """Shows each step, every N steps with a cheap preview of the current latent, which is kept.
 
     Attributes:
-        preview: (h, w, 3) uint8 of a latent (1, C, h, w); each drag has its own.
+        preview: (h, w, 3) uint8 of a latent (1, C, h, w), or None; each drag has its own.
         frames: (step, preview (h, w, 3) uint8, handles (N, 2) as (row, col) in grid px).
     """
 
-    preview: Callable[[Tensor], np.ndarray]
+    preview: Callable[[Tensor], np.ndarray | None]
 
     def __init__(self, show: Callable[[int, np.ndarray | None], None], *, every: int) -> None:
         """

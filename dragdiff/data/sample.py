@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
 
 from dragdiff.errors import UserError, one_line
 
@@ -20,6 +21,15 @@ MIN_SIDE = 16
 
 # Only decoders that read pixels themselves: some of the others start programs (EPS runs Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's numbers
 _CONVERSION_ERRORS = (OSError, SyntaxError, ValueError)  # a rare mode, or a PIL image not decoded until now
 
 
@@ -54,7 +64,7 @@ class EditSample:
 
         Args:
             image: a file (see `load_image`), a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
-                A file is turned upright by its EXIF tag; a PIL image is taken as its pixels lie.
+                A file is turned upright by its EXIF tag; a PIL image is taken as its pixels lie. Both become sRGB.
             prompt: what the picture shows.
             points: ``[[[x, y], [x, y]], ...]``, or DragBench's flat ``[[x, y] handle, [x, y] target, ...]``;
                 none for a method that needs none.
@@ -108,6 +118,23 @@ class EditSample:
         """(N, 2) float32, (x, y) in px: where each pair should end."""
         return self.points[:, 1]
 
+    def doubts(self) -> list[str]:
+        """What is allowed, but most likely not meant: a sentence for each."""
+        doubts = []
+        outside = [
+            f"the {end} ({x:g}, {y:g}) of pair {number}"
+            for number, pair in enumerate(self.points, 1)
+            for end, (x, y) in zip(("handle", "target"), pair, strict=True)
+            if self.mask is not None and not self.mask[int(y), int(x)] and (pair[0] != pair[1]).any()  # no anchor
+        ]
+        if outside:
+            doubts.append(
+                f"Outside of the mask's white, where nothing may change: {', '.join(outside)}. Is the mask inverted?"
+            )
+        if len(self.points) and self.points.max() <= 1:
+            doubts.append("All points are within 1 px of the top left corner: give px, not shares of width and height.")
+        return doubts
+
     def resized(self, max_size: int) -> EditSample:
         """The same edit on a picture whose longer side has at most ``max_size`` px; never enlarged.
 
@@ -152,12 +179,13 @@ class EditSample:
 def load_image(path: FilePath) -> NDArray[np.uint8]:
     """Read a picture of any usual kind as (H, W, 3) uint8 RGB.
 
-    It is turned upright by its EXIF tag; transparency is laid over white; 16 bits become 8 by scaling.
+    It is turned upright by its EXIF tag; colours with a profile (Display P3, Adobe RGB, CMYK) become sRGB;
+    transparency is laid over white; 16 bits become 8 by scaling. Damaged EXIF data and profiles are ignored.
 
     Raises:
         UserError: for a missing, unreadable, damaged or overlarge file, or one that is no picture.
     """
-    return _rgb(_open(path), str(path))
+    return _rgb(_in_srgb(_open(path)), str(path))
 
 
 def load_mask(path: FilePath) -> NDArray[np.bool_]:
@@ -182,13 +210,45 @@ def _open(path: FilePath) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_FORMATS) as image:
-                return ImageOps.exif_transpose(image)
+                image.load()
+                return _upright(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path} has over {Image.MAX_IMAGE_PIXELS} pixels: use a smaller image") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image: give one of the formats {', '.join(_FORMATS)}") from error
     except Exception as error:  # damaged data make decoders raise nearly anything
         raise UserError(f"{path} cannot be read as an image, it may be damaged: {one_line(error)}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # its EXIF data are damaged, its pixels are not
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Colours as sRGB has them; as they are without a profile, or with one that is damaged or of another mode."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode[0] in "IF":
+        return image
+    try:
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        colours = image.convert("RGB") if image.mode in ("P", "PA", "RGBA") else image
+        colours = colours.convert("L") if image.mode == "LA" else colours
+        converted = ImageCms.profileToProfile(
+            colours, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, *_CONVERSION_ERRORS):
+        return image
+    assert converted is not None
+    change = ImageChops.difference(converted, colours.convert("RGB"))
+    if max(high for _, high in change.getextrema()) <= 1:  # rounding: it is sRGB
+        return image
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
 
 
 def _rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
@@ -242,7 +302,7 @@ def _as_image(image: ImageLike) -> NDArray[np.uint8]:
     if isinstance(image, str | os.PathLike):
         return load_image(image)
     if isinstance(image, Image.Image):
-        return _rgb(image, "the image")
+        return _rgb(_in_srgb(image), "the image")
     if not isinstance(image, np.ndarray):
         raise UserError(f"the image is a {type(image).__name__}: give a file, a PIL image or a uint8 array")
     channels = image.shape[2] if image.ndim == 3 else 1

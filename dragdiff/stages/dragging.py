@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dragdiff.callbacks import DragCallback, DragProgress, PointTracking
+from dragdiff.errors import UserError
 from dragdiff.job import Edit, Job
 from dragdiff.models.point_drag import Drag, Forward, MaskTerm, PointDrag
 from dragdiff.models.trainer import fit, shared_logger
@@ -150,14 +151,20 @@ def _tracking(edit: Edit) -> DragCallback:
     return PointTracking(found, radius=settings.tracking_radius)
 
 
-def _preview(job: Job, edit: Edit, level: Level) -> Callable[[Tensor], np.ndarray]:
-    """What makes a small picture (h, w, 3) uint8 of a latent at a level, of its prediction of the clean one."""
+def _preview(job: Job, edit: Edit, level: Level) -> Callable[[Tensor], np.ndarray | None]:
+    """What makes a small picture (h, w, 3) uint8 of a latent at a level, of its prediction of the clean one; none where
+    that is not finite."""
 
-    def preview(latent: Tensor) -> np.ndarray:
+    def preview(latent: Tensor) -> np.ndarray | None:
         output = job.denoiser(latent, level.t, [edit.picture])
         x0, _ = ddim.predict_x0_and_noise(latent, output, alpha=level.alpha, prediction_type=job.model.prediction_type)
         shrink = min(1.0, PREVIEW_LATENT / max(x0.shape[2:]))
         x0 = F.interpolate(x0, scale_factor=shrink, mode="area") if shrink < 1 else x0
-        return to_uint8(job.model.decode(x0) / 2 + 0.5)
+        if not torch.isfinite(x0).all():
+            return None
+        try:
+            return to_uint8(job.model.decode(x0) / 2 + 0.5)
+        except UserError:  # the edit's own picture says it
+            return None
 
     return preview

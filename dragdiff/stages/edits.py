@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +15,20 @@ from dragdiff.callbacks import Frames
 from dragdiff.job import Edit, EditResult, Job, Request
 from dragdiff.methods.method import Method
 from dragdiff.modules import points
+
+if TYPE_CHECKING:
+    from dragdiff.backbones.diffusion import Diffusion
+    from dragdiff.config import Config
+    from dragdiff.data.sample import EditSample
+
+
+def at_working_size(sample: EditSample, config: Config, model: Diffusion) -> EditSample:
+    """The sample at the size that is worked on.
+
+    Raises:
+        UserError: it gets too small.
+    """
+    return sample.resized(config.data.max_size or 2 * model.trained_size)
 
 
 def begin(job: Job, method: Method, number: int, request: Request) -> None:
@@ -27,15 +43,24 @@ def begin(job: Job, method: Method, number: int, request: Request) -> None:
         blank = np.zeros((generate.height, generate.width, 3), np.uint8)
         working = sample = dataclasses.replace(sample, image=blank)
     else:
-        working, prompt = sample.resized(config.data.max_size), method.prompt(config, sample.prompt)
+        working, prompt = at_working_size(sample, config, job.model), method.prompt(config, sample.prompt)
         if prompt != sample.prompt:
             working = dataclasses.replace(working, prompt=prompt)
+        if working.image.shape != sample.image.shape and not config.data.max_size:
+            warnings.warn(
+                f"{sample.name or 'the picture'} has {sample.width}x{sample.height} px and is worked on at "
+                f"{working.width}x{working.height}, up to twice what the model was trained on; data.max_size sets "
+                "another size",
+                stacklevel=2,
+            )
     size, device = working.image.shape[:2], job.model.device
     grid = points.grid_size(size, config.drag.grid_scale)
     handles, targets = (
         points.to_grid(torch.tensor(np.asarray(which)), image_size=size, grid=grid).to(device)
         for which in (working.handles, working.targets)
     )
+    start = points.Points(handles, handles.clone(), targets, grid)
+    _check_points(config, sample, start)
     keep = None
     if working.mask is not None:
         mask, latent_size = torch.from_numpy(np.array(working.mask)), job.model.latent_size(*size)
@@ -51,12 +76,25 @@ def begin(job: Job, method: Method, number: int, request: Request) -> None:
         config,
         sample,
         working,
-        points.Points(handles, handles.clone(), targets, grid),
+        start,
         keep,
         torch.Generator().manual_seed(config.seed),
     )
     _observe(edit)
     job.edits.append(edit)
+
+
+def _check_points(config: Config, sample: EditSample, start: points.Points) -> None:
+    """Warns of points that are most likely not meant, before any long work."""
+    name, limit = sample.name or "the picture", config.drag.stop_distance
+    for doubt in sample.doubts():
+        warnings.warn(f"{name}: {doubt}", stacklevel=3)
+    if len(sample.points) and config.reads("drag.stop_distance") and start.arrived(limit).all():
+        warnings.warn(
+            f"{name}: all handles are nearer to their targets than drag.stop_distance, here "
+            f"{limit * sample.height / start.grid[0]:.3g} px of the picture: nothing will be dragged",
+            stacklevel=3,
+        )
 
 
 def _observe(edit: Edit) -> None:

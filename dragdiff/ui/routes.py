@@ -191,6 +191,7 @@ class Page:
             request = {"points": sample.points.tolist(), "name": sample.name, "generated": bool(picture.generated)}
         request |= {key: body.get(key) for key in ("model", "preset", "method", "prompt")}
         request["settings"] = self.form.changes(body)
+        request["doubts"] = " ".join(sample.doubts()) if sample else ""
         folder = visitor.new_folder()
         if sample is not None:
             Image.fromarray(sample.image).save(folder / "source.png")

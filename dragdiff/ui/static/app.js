@@ -277,11 +277,11 @@ function words(run) {
   if (run.status === "done" && run.kind === "generate") return "Done.";
   if (run.status === "done") {
     const ended = facts.stop_reason ? `${facts.steps} steps, ${REASONS[facts.stop_reason] ?? facts.stop_reason}, ` : "";
-    return `Done: ${ended}${took(facts)}. ${distances(facts)}`;
+    return `Done: ${ended}${took(facts)}. ${distances(facts)} ${run.request.doubts}`.trimEnd();
   }
   if (!run.stage || run.stage === "model") return "Loading the model…";
   const left = run.secondsLeft === null ? "" : `, at most about ${run.secondsLeft < 90 ? `${Math.ceil(run.secondsLeft)} s` : `${Math.ceil(run.secondsLeft / 60)} min`} left`;
-  return `${run.stage}: step ${run.done} of ${run.total}${run.note ? `, ${run.note}` : ""}${left}`;
+  return `${run.stage}: step ${run.done} of ${run.total}${run.note ? `, ${run.note}` : ""}${left}${run.request.doubts && `. ${run.request.doubts}`}`;
 }
 
 const shown = new Map(); // preview pictures by address
