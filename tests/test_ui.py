@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -429,6 +431,19 @@ def test_time_left_is_what_the_steps_to_come_cost_at_the_pace_so_far(tmp_path):
     for step in range(1000):
         run.told({"step": step, "handles": [[step, 0]], "preview": False}, 6.0)
     assert len(run.way) <= 400 and run.way[0] == (0, [[0, 0]]) and run.way[-1] == (999, [[999, 0]])
+
+
+def test_a_sample_is_read_outside_of_the_event_loop(client, monkeypatch):
+    """A slow disk holds up one visitor, not all."""
+    read, here = readers.read_sample, []
+
+    def slow(*arguments):
+        with contextlib.suppress(RuntimeError):
+            here.append(asyncio.get_running_loop())
+        return read(*arguments)
+
+    monkeypatch.setattr(readers, "read_sample", slow)
+    assert client.post("/api/open", json={"sample": "example:sun"}).status_code == 200 and not here
 
 
 def test_mistakes_at_the_start_are_said(tmp_path):

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dragdiff.errors import NothingLeft, UserError, one_line
 from dragdiff.methods.method import Method
 from dragdiff.options import check_values
+from dragdiff.reading import check_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +36,7 @@ def read(path: str) -> str:
         UserError: it can't be read.
     """
     try:
+        check_file(path)
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"method is {path!r}, which can't be read: {one_line(error)}") from error
