@@ -25,7 +25,7 @@ from dragdiff.callbacks import Watch
 from dragdiff.checks import check_settings, shared_settings
 from dragdiff.config import Config, ModelConfig, load_config
 from dragdiff.data.sample import EditSample
-from dragdiff.errors import NothingLeft, UserError
+from dragdiff.errors import NothingLeft, UserError, out_of_memory
 from dragdiff.job import EditResult, Job, Request
 from dragdiff.loggers import log_result, open_logger
 from dragdiff.methods.method import Method
@@ -37,7 +37,7 @@ from dragdiff.stages.sources import generated
 
 TOO_LITTLE_MEMORY = (
     "the device's memory is too small for this picture: set model.memory=low, a smaller data.max_size, "
-    "model.dtype=fp16 or a smaller lora.batch_size"
+    "model.dtype=fp16, or a smaller lora.batch_size, lora.rank or drag.motion_radius"
 )
 
 
@@ -158,8 +158,8 @@ class Editor:
         _check_batch(self, requests)
         try:
             return self._run(requests)
-        except torch.OutOfMemoryError:
-            if len(requests) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if len(requests) == 1 or not out_of_memory(error):
                 raise
         # outside of the clause the error is gone, and with it what it holds
         warnings.warn(
@@ -172,7 +172,10 @@ class Editor:
                 request.logger.clear()
             try:
                 results += self._run([request])
-            except torch.OutOfMemoryError:  # what the others have made is not lost
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                # what the others have made is not lost
                 results.append(UserError(TOO_LITTLE_MEMORY))
         return results
 
@@ -402,7 +405,9 @@ def enough_memory() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(TOO_LITTLE_MEMORY) from error
 
 

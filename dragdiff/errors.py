@@ -20,6 +20,16 @@ class NothingLeft(Exception):
     """Every edit of a job has failed."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small for something, a GPU's or this machine's; torch says the latter in words alone."""
+    words = ("can't allocate memory", "DefaultCPUAllocator")
+    return (
+        isinstance(error, MemoryError)
+        or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    )
+
+
 def one_line(error: BaseException) -> str:
     """The text of somebody else's exception on one line of at most 200 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -101,9 +101,11 @@ def test_what_a_visitor_may_set_is_what_the_dataclasses_say_and_nothing_of_the_m
         ("lora.path", "../../secret", "can't be set"),
         ("output.folder", "/tmp/x", "can't be set"),
         ("model.vae", "/etc/passwd", "choose one"),
-        ("drag.lr", -1, "must be > 0"),
+        ("drag.lr", -1, "must be in (0, 1000]"),
         ("drag.steps", "many", "whole number"),
-        ("generate.width", 10**6, "pixels"),
+        ("generate.width", 4096, "pixels"),
+        ("generate.width", 10**6, "must be in"),
+        ("drag.grid_scale", 0.01, "feature grid"),
     ],
 )
 def test_settings_that_are_not_a_visitors_are_refused(client, key, value, words):

@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 
 from dragdiff.aliases import Json
 from dragdiff.assets import EXAMPLES
-from dragdiff.config import Config, UIConfig
+from dragdiff.config import Config, UIConfig, check_fit
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample, load_image
 from dragdiff.errors import UserError
@@ -189,7 +189,8 @@ class Page:
             sample, picture = self._sample(visitor, body)
             body, config = self._edit_config(body, sample, picture)
             self.form.chosen(body).check(sample)
-            sample.resized(config.data.max_size)  # may get too small
+            working = sample.resized(config.data.max_size)  # may get too small
+            check_fit(config, working.height, working.width)
             request = {"points": sample.points.tolist(), "name": sample.name, "generated": bool(picture.generated)}
         request |= {key: body.get(key) for key in ("model", "preset", "method", "prompt")}
         request["settings"] = self.form.changes(body)
