@@ -109,7 +109,7 @@ def test_json_that_is_nested_too_deeply_or_too_large_is_refused(tmp_path, monkey
 @pytest.mark.parametrize("make", IRREGULAR)
 def test_a_checkpoint_or_a_methods_file_that_is_no_file_is_refused(tmp_path, make):
     make(tmp_path / "x.py")
-    with at_once(), pytest.raises(UserError, match="lora.resume is .*; give a last.ckpt"):
+    with at_once(), pytest.raises(UserError, match=r"give a last\.ckpt"):
         check_resume(tmp_path / "x.py", settings={}, steps=1)
     with at_once(), pytest.raises(UserError, match="can't be read"):
         from_file.read(str(tmp_path / "x.py"))

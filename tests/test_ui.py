@@ -374,8 +374,22 @@ def test_a_generated_picture_is_dragged_by_any_method_with_what_it_was_made_with
 
 def test_other_pages_and_names_are_refused(app, client):
     assert client.post("/api/runs", json={}, headers={"Origin": "http://evil.example"}).status_code == 403
-    for host in ("evil.example", "[", "127.0.0.1.evil.example"):
+    for host in ("evil.example", "127.0.0.1.evil.example", "evil.example:80"):
         assert client.get("/", headers={"Host": host}).status_code == 403
+    odd = (
+        "user@127.0.0.1:80",
+        "evil.com@127.0.0.1",
+        "127.0.0.1#evil.com",
+        "localhost:abc",
+        "localhost:",
+        "[",
+        "",
+        "a b",
+    )
+    for host in (*odd, "localhost/x", "localhost?x", "127.0.0.1\\evil.com", "localhost:123456"):
+        assert client.get("/", headers={"Host": host}).status_code == 400, host
+    for host in ("localhost", "LocalHost:7860", "127.0.0.1:1", "[::1]:7860", "[::1]"):
+        assert client.get("/", headers={"Host": host}).status_code == 200, host
     assert client.post("/api/runs", content=b"{}", headers={"Content-Length": "²".encode()}).status_code == 411
     assert client.put("/api/runs").status_code == 405
     assert client.post("/api/runs", content=b"[1]").status_code == 400
