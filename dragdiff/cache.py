@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dragdiff.errors import UserError, one_line
+from dragdiff.reading import NotAFile, check_file, read_file, take_away
 
 T = TypeVar("T")
 VERSION = 1  # raised when a stage computes something else from the same inputs; results of studies bear it, too
@@ -31,7 +32,7 @@ PARTIAL = ".partial-"
 CHECKSUM = "sha256"
 LOCK = "lock"
 TOTAL = "bytes"
-DAMAGED = (UserError, FileNotFoundError)  # what reading an entry raises then
+DAMAGED = (UserError, FileNotFoundError, NotADirectoryError, NotAFile)  # what reading an entry raises then
 ROOM = 0.9  # of the limit that eviction leaves in use, so that not each write has to evict
 LOCK_SECONDS = 60  # a writer holds it while it writes one result to disk
 
@@ -119,7 +120,7 @@ class StageCache:
         try:
             value = _read(entry, load)
         except DAMAGED as error:
-            if not _exists(entry):
+            if not os.path.lexists(entry):
                 return None
             again = self._once_more(entry, load)
             if again is None:
@@ -169,6 +170,8 @@ class StageCache:
                         )
                         return
                     crowded = self._crowded_by(size)
+                    if not entry.is_dir():  # a file, or a link that leads nowhere
+                        take_away(entry)
                     partial.replace(entry)
                 except OSError:
                     if not entry.is_dir():  # else another writer was first, with the same content
@@ -204,14 +207,15 @@ class StageCache:
                 self._sweep()
                 gone = entry.with_name(f"{entry.name}{PARTIAL}damaged")
                 entry.replace(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                take_away(gone)
         return None
 
     def _sweep(self) -> None:
         """Delete what killed writers left. Needs the lock."""
         for path in self._paths():
             if PARTIAL in path.name:
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    take_away(path)
 
     def _crowded_by(self, size: int) -> bool:
         """Whether the limit may not hold with so many bytes more. Needs the lock.
@@ -222,11 +226,11 @@ class StageCache:
         assert self.folder is not None
         total = self.folder.parent / TOTAL
         try:
-            used = int(total.read_text()) + size
+            used = int(read_file(total)) + size
         except (OSError, ValueError):
             used = self.limit + 1
         if used > self.limit:
-            total.unlink(missing_ok=True)  # until the eviction has counted
+            take_away(total)  # until the eviction has counted
             return self.limit > 0
         total.write_text(str(used))
         return False
@@ -259,7 +263,7 @@ class StageCache:
 
 
 def _read(entry: Path, load: Callable[[Path], T]) -> T:
-    if (entry / CHECKSUM).read_bytes() != _checksum(entry):
+    if read_file(entry / CHECKSUM) != _checksum(entry):
         raise UserError("its checksum differs")
     return load(entry)
 
@@ -275,6 +279,7 @@ def _checksum(entry: Path) -> bytes:
     summary = hashlib.sha256()
     for path in sorted(entry.iterdir()):
         if path.name != CHECKSUM:
+            check_file(path)
             with path.open("rb") as file:
                 summary.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return summary.hexdigest().encode()

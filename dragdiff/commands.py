@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dragdiff import methods
-from dragdiff.config import DEFAULT_OVERLAY, Config, load_config, load_study, load_ui
+from dragdiff.config import DEFAULT_OVERLAY, Config, check_fit, load_config, load_study, load_ui
 from dragdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ def _said(result: EditResult, folder: Path | None) -> str:
     if result.distance_after is None:
         return "\n".join([*lines, f"{methods.find(result.config.method).name}: done, without tracking"])
     reasons = {"reached": "all handles arrived", "steps": "all steps done"}
+    if result.steps == 0 and result.stop_reason == "reached":
+        distance = f"drag.stop_distance={result.config.drag.stop_distance:g}"
+        reasons["reached"] = f"all handles are nearer to their targets than {distance} grid px: lower it to drag"
     lines.append(f"drag: {result.steps} steps, {reasons.get(result.stop_reason, result.stop_reason)}")
     for number, (before, after) in enumerate(zip(result.distance_before, result.distance_after, strict=True), 1):
         lines.append(f"point {number}: {before:.1f} px from its target before, {after:.1f} px after (as tracked)")
@@ -412,10 +415,11 @@ def _read(config: Config, *, suffix: str, edits: bool) -> tuple[Jobs, Failures]:
         name = f"{sample.name}{suffix}"
         if config.output.name:
             name = f"{config.output.name}-{name}" if many else config.output.name
-        if not config.generate.enabled:
-            sample.resized(config.data.max_size)  # may get too small
+        # may get too small
+        working = sample if config.generate.enabled else sample.resized(config.data.max_size)
         if edits:
             methods.find(config.method).check(sample)
+            check_fit(config, working.height, working.width)
         return replace(config, sample=folder, output=replace(config.output, name=name)), sample
 
     points, mask = config.points, config.mask or None

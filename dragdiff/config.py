@@ -44,6 +44,8 @@ T = TypeVar("T")
 # What stands in for an overlay when none is named: the first run needs no download.
 DEFAULT_OVERLAY = "embedded"
 DEFAULT_METHOD = "dragdiffusion"
+MIN_GRID = 4  # px of the feature grid's shorter side: fewer can't tell a handle from its target
+SMALLEST_LIMIT = 16  # grid px that a radius may have on any picture: published ones are meant for large pictures
 METHODS_OWN = ("lora", "ddim", "drag", "control")  # shared sections that each method has values of its own for
 
 
@@ -128,13 +130,13 @@ class LoRAConfig:
     path: str = option(
         "", "a trained LoRA (.safetensors file or its folder); empty = train one, or take it from the cache", local=True
     )
-    steps: int = option(80, "optimiser steps; 0 = no LoRA", at_least(0))
-    rank: int = option(16, "rank of each update", at_least(1))
-    alpha: float = option(0.0, "scale is alpha / rank; 0 = equal to the rank", at_least(0))
-    lr: float = option(5e-4, "AdamW's learning rate", more_than(0))
-    weight_decay: float = option(1e-2, "AdamW's weight decay", at_least(0))
-    batch_size: int = option(4, "draws of crop, noise and timestep per step", at_least(1))
-    resolution: int = option(512, "px of the short side after resizing, and of the square crop", at_least(16))
+    steps: int = option(80, "optimiser steps; 0 = no LoRA", within(0, 100_000))
+    rank: int = option(16, "rank of each update", within(1, 1024))
+    alpha: float = option(0.0, "scale is alpha / rank; 0 = equal to the rank", within(0, 10_000))
+    lr: float = option(5e-4, "AdamW's learning rate", within(0, 1, low_open=True))
+    weight_decay: float = option(1e-2, "AdamW's weight decay", within(0, 1000))
+    batch_size: int = option(4, "draws of crop, noise and timestep per step", within(1, 1024))
+    resolution: int = option(512, "px of the short side after resizing, and of the square crop", within(16, 4096))
     crop: str = option(
         "latent",
         "random crops cut from the latent, encoded once; or 'pixel': each crop encoded by itself, as the reference",
@@ -154,15 +156,15 @@ class GenerateConfig:
 
     enabled: bool = option(False, "generate the source picture; the LoRA and the inversion are then not needed")
     negative_prompt: str = option("", "what the picture should not show")
-    guidance: float = option(7.5, "classifier-free guidance scale; 1 = none", at_least(1))
+    guidance: float = option(7.5, "classifier-free guidance scale; 1 = none", within(1, 1000))
     scheduler: str = option("ddim", "sampler", one_of("ddim", "dpm++2m", "dpm++2m-karras"))
-    height: int = option(512, "px", at_least(16))
-    width: int = option(512, "px", at_least(16))
+    height: int = option(512, "px", within(16, 4096))
+    width: int = option(512, "px", within(16, 4096))
     freeu: bool = option(False, "FreeU while generating, dragging and denoising")
-    freeu_b1: float = option(1.1, "FreeU backbone factor, first decoder stage", more_than(0))
-    freeu_b2: float = option(1.1, "FreeU backbone factor, second decoder stage", more_than(0))
-    freeu_s1: float = option(1.0, "FreeU skip factor, first decoder stage", more_than(0))
-    freeu_s2: float = option(1.0, "FreeU skip factor, second decoder stage", more_than(0))
+    freeu_b1: float = option(1.1, "FreeU backbone factor, first decoder stage", within(0, 100, low_open=True))
+    freeu_b2: float = option(1.1, "FreeU backbone factor, second decoder stage", within(0, 100, low_open=True))
+    freeu_s1: float = option(1.0, "FreeU skip factor, first decoder stage", within(0, 100, low_open=True))
+    freeu_s2: float = option(1.0, "FreeU skip factor, second decoder stage", within(0, 100, low_open=True))
 
 
 @dataclass
@@ -184,8 +186,8 @@ class DDIMConfig:
 class DragConfig:
     """The optimisation of the latent."""
 
-    steps: int = option(80, "optimiser steps at most", at_least(0), own=True)
-    lr: float = option(0.01, "Adam's learning rate", more_than(0), own=True)
+    steps: int = option(80, "optimiser steps at most", within(0, 100_000), own=True)
+    lr: float = option(0.01, "Adam's learning rate", within(0, 1000, low_open=True), own=True)
     features: list[str] = option(
         ["up_blocks.2"],
         "UNet blocks whose outputs are compared (mid_block, up_blocks.N); several are concatenated",
@@ -193,12 +195,14 @@ class DragConfig:
     grid_scale: float = option(
         0.5, "side of the feature grid / side of the image", within(0, 1, low_open=True), own=True
     )
-    motion_radius: int = option(1, "r1: half side of the supervised patch, grid px", at_least(0), own=True)
-    tracking_radius: int = option(3, "r2: half side of the tracking window, grid px", at_least(0), own=True)
+    motion_radius: int = option(1, "r1: half side of the supervised patch, grid px", within(0, 1000), own=True)
+    tracking_radius: int = option(3, "r2: half side of the tracking window, grid px", within(0, 1000), own=True)
     stop_distance: float = option(
-        2.0, "a handle nearer than this to its target has arrived, grid px", at_least(0), own=True
+        2.0, "a handle nearer than this to its target has arrived, grid px", within(0, 1000), own=True
     )
-    mask_weight: float = option(0.1, "lambda of the term that keeps what lies outside the mask", at_least(0), own=True)
+    mask_weight: float = option(
+        0.1, "lambda of the term that keeps what lies outside the mask", within(0, 10_000), own=True
+    )
     supervision: str = option("one_step", "motion supervision: one_step (DragDiffusion)", one_of("one_step"), own=True)
     tracker: str = option(
         "nearest", "point tracker: nearest (L1 nearest neighbour to the initial feature)", one_of("nearest"), own=True
@@ -381,9 +385,9 @@ class StudyDataConfig:
     categories: list[str] = option(
         [], "only these; empty = all. A sample's category is the folder that it is in, a scene's its kind of edit"
     )
-    scenes: int = option(12, "scenes of each kind", at_least(1))
+    scenes: int = option(12, "scenes of each kind", within(1, 10_000))
     first_seed: int = option(0, "seed of the first scene of each kind; the others follow", at_least(0))
-    size: int = option(64, "side of a scene, px", at_least(16))
+    size: int = option(64, "side of a scene, px", within(16, 4096))
     limit: int = option(0, "only the first samples by name; 0 = all", at_least(0))
     subset: int = option(0, "only so many samples, drawn at random; 0 = all", at_least(0))
     subset_seed: int = option(0, "of that draw", at_least(0))
@@ -407,7 +411,7 @@ class MetricsConfig:
     )
     t: int = option(261, "timestep of mean distance's features", within(0, 999))
     block: str = option("up_blocks.1", "UNet block of these features")
-    ensemble: int = option(8, "noise samples that they are averaged over", at_least(1))
+    ensemble: int = option(8, "noise samples that they are averaged over", within(1, 1000))
     seed: int = option(42, "of that noise", within(0, 2**32 - 1))
     ordered: bool = option(
         False,
@@ -436,7 +440,7 @@ class StudyConfig:
         {},
         "key: values, or {low, high, log: true}, ...; variants drawn at random, instead of a grid",
     )
-    random_count: int = option(10, "variants drawn", at_least(1))
+    random_count: int = option(10, "variants drawn", within(1, 10_000))
     random_seed: int = option(0, "of their draw", at_least(0))
     reference: str = option("", "the variant that reports compare the others with, by name; empty = the first")
     published: Json = option(
@@ -703,6 +707,23 @@ def check(config: Config) -> None:
         raise UserError(
             f"ddim.strength {config.ddim.strength} of {config.ddim.steps} steps leaves no step: raise one of them"
         )
+
+
+def check_fit(config: Config, height: int, width: int) -> None:
+    """Refuse what makes no sense on a picture of a size, px, at which it is worked on.
+
+    Raises:
+        UserError: names the key, and the feature grid of this picture.
+    """
+    rows, cols = (int(side * config.drag.grid_scale) for side in (height, width))
+    grid = f"the feature grid of a picture of {width}x{height} px has {cols}x{rows} px"
+    if config.reads("drag.grid_scale") and min(rows, cols) < MIN_GRID:
+        scale = MIN_GRID / min(height, width)
+        raise UserError(f"drag.grid_scale is {config.drag.grid_scale}: {grid}; set at least {scale:.2g}")
+    for key in ("motion_radius", "tracking_radius", "stop_distance"):
+        value = getattr(config.drag, key)
+        if config.reads(f"drag.{key}") and value > max(rows, cols, SMALLEST_LIMIT):
+            raise UserError(f"drag.{key} is {value}: {grid}, and it must not be larger than that")
 
 
 def to_yaml(config: Config | StudyConfig) -> str:

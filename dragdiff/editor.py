@@ -25,7 +25,7 @@ from dragdiff.callbacks import Watch
 from dragdiff.checks import check_settings, shared_settings
 from dragdiff.config import Config, ModelConfig, load_config
 from dragdiff.data.sample import EditSample
-from dragdiff.errors import NothingLeft, UserError, one_memory_error
+from dragdiff.errors import NothingLeft, UserError, out_of_memory
 from dragdiff.job import EditResult, Job, Request
 from dragdiff.loggers import log_result, open_logger
 from dragdiff.methods.method import Method
@@ -37,7 +37,7 @@ from dragdiff.stages.sources import generated
 
 TOO_LITTLE_MEMORY = (
     "the device's memory is too small for this picture: set model.memory=low, a smaller data.max_size, "
-    "model.dtype=fp16 or a smaller lora.batch_size"
+    "model.dtype=fp16, or a smaller lora.batch_size, lora.rank or drag.motion_radius"
 )
 
 
@@ -161,8 +161,8 @@ class Editor:
         _check_batch(self, requests)
         try:
             return self._run(requests)
-        except torch.OutOfMemoryError:
-            if len(requests) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if len(requests) == 1 or not out_of_memory(error):
                 raise
         # outside of the clause the error is gone, and with it what it holds
         warnings.warn(
@@ -175,7 +175,10 @@ class Editor:
                 request.logger.clear()
             try:
                 results += self._run([request])
-            except torch.OutOfMemoryError:  # what the others have made is not lost
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                # what the others have made is not lost
                 results.append(UserError(TOO_LITTLE_MEMORY))
         return results
 
@@ -183,7 +186,7 @@ class Editor:
         self._begin()
         job = self.job()
         outcomes: dict[int, EditResult | UserError] = {}
-        with suppress(NothingLeft), self._at_work():
+        with suppress(NothingLeft), self.backbone.frozen(self.config.model):
             for number, request in enumerate(requests):
                 try:
                     edits.begin(job, self.method, number, request)
@@ -271,7 +274,7 @@ class Editor:
         if settings.steps == 0:
             return None
         job = self.job([self._working(sample)])
-        with self._at_work():
+        with self.backbone.frozen(self.config.model):
             if folder is not None and settings.save_every:
                 (trained,) = adapters.train(job, job.pictures, [logger], folder=folder)
             else:
@@ -284,7 +287,7 @@ class Editor:
         """Train each sample's LoRA once for edits with different `lora.steps`: each goes into the cache on the way."""
         self._begin()
         different = {cache.digest(image=w.image, prompt=w.prompt): w for w in map(self._working, samples)}
-        with self._at_work():
+        with self.backbone.frozen(self.config.model):
             self.ran_together = adapters.share(self.job(list(different.values())), steps)
 
     def generate(self, prompt: str) -> tuple[np.ndarray, list[Tensor]]:
@@ -295,7 +298,7 @@ class Editor:
         """
         size = self.config.generate.height, self.config.generate.width
         job = self.job([EditSample(np.zeros((*size, 3), np.uint8), prompt, [])])
-        with self._at_work(), adapters.adapted(job, [adapters.named(self.config)]):
+        with self.backbone.frozen(self.config.model), adapters.adapted(job, [adapters.named(self.config)]):
             (picture,), path, _ = generated(job)
         return picture, path
 
@@ -328,11 +331,6 @@ class Editor:
         self.forget()
         kept = dataclasses.replace(self.config.cache, reference_mb=0)
         return self.reconfigured(dataclasses.replace(self.config, cache=kept))
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        with one_memory_error(), self.backbone.frozen(self.config.model):
-            yield
 
     def _begin(self) -> None:
         """What was run before, and its peak of memory, does not count."""
@@ -409,9 +407,10 @@ def enough_memory() -> Iterator[None]:
         UserError: the device's memory was too small.
     """
     try:
-        with one_memory_error():
-            yield
-    except torch.OutOfMemoryError as error:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(TOO_LITTLE_MEMORY) from error
 
 

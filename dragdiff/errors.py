@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-MEMORY_WORDS = ("allocate memory", "out of memory", "not enough memory", "bad_alloc")
+MEMORY_WORDS = ("allocate memory", "out of memory", "not enough memory", "bad_alloc", "DefaultCPUAllocator")
 
 
 class UserError(Exception):
@@ -27,24 +24,15 @@ class NothingLeft(Exception):
     """Every edit of a job has failed."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small for something, a GPU's or this machine's; torch says the latter in words alone."""
+    return (
+        isinstance(error, MemoryError)
+        or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS))
+    )
+
+
 def one_line(error: BaseException) -> str:
     """The text of somebody else's exception on one line of at most 200 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
-
-
-@contextmanager
-def one_memory_error() -> Iterator[None]:
-    """Memory that gives out on a CPU or on MPS, where torch raises other errors, is an error as on a GPU.
-
-    Raises:
-        torch.OutOfMemoryError: the device's memory was too small.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        from torch import OutOfMemoryError
-
-        told = isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_WORDS)
-        if isinstance(error, OutOfMemoryError) or not told:
-            raise
-        raise OutOfMemoryError(one_line(error)) from error

@@ -123,12 +123,14 @@ def describe(config: object, *, prefix: str = "") -> str:
 def merged(kind: type[T], layers: Sequence[Layer]) -> T:
     """A config of a kind from its defaults and layers, of which later ones win.
 
+    `${key}` in a text refers to another key; `${...}` of any other form, such as the environment's, is text.
+
     Raises:
         UserError: an unknown key (names the nearest), a value of the wrong type.
     """
     found = OmegaConf.structured(kind)
     for values, where in layers:
-        _merge(kind, found, values, where)
+        _merge(kind, found, _references_alone(values), where)
     try:
         config = OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
@@ -181,6 +183,20 @@ def as_it_stands(value: Any) -> Any:
     if isinstance(value, list):
         return [as_it_stands(entry) for entry in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+_REFERENCE = re.compile(r"\$\{[\w.-]+\}")  # to another key
+_OPENED = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # as OmegaConf sees it: not escaped
+
+
+def _references_alone(value: Any) -> Any:
+    """Settings in whose texts OmegaConf finds references to other keys alone: a stranger's file reads nothing here."""
+    if isinstance(value, dict):
+        return {key: _references_alone(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_references_alone(entry) for entry in value]
+    foreign = isinstance(value, str) and _OPENED.search(_REFERENCE.sub("", value))
+    return as_it_stands(value) if foreign else value
 
 
 def flat(settings: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -717,3 +717,61 @@ def test_a_generated_picture_is_sampled_once_for_its_edits(edits, scheduler):
         before = computed.count("generate")
         editor.reconfigured(config(*settings, change)).edit(sample)
         assert computed.count("generate") == before + 1
+
+
+def as_file(entry: Path) -> None:
+    entry.write_text("x")
+
+
+def as_dangling_link(entry: Path) -> None:
+    entry.symlink_to("nowhere")
+
+
+def as_circle(entry: Path) -> None:
+    entry.symlink_to(entry.name)
+
+
+def as_pipe(entry: Path) -> None:
+    os.mkfifo(entry)
+
+
+def with_a_folder_inside(entry: Path) -> None:
+    (entry / "x").mkdir(parents=True)
+    (entry / "sha256").write_text("")
+
+
+def with_a_pipe_inside(entry: Path) -> None:
+    entry.mkdir()
+    os.mkfifo(entry / "sha256")
+
+
+def as_link_to_a_folder(entry: Path) -> None:
+    (entry.parent.parent / "mine").mkdir()
+    (entry.parent.parent / "mine" / "x").write_text("x")
+    entry.symlink_to(entry.parent.parent / "mine")
+
+
+@pytest.mark.filterwarnings("ignore:cache entry")
+@pytest.mark.parametrize(
+    "make",
+    [as_file, as_dangling_link, as_circle, as_pipe, with_a_folder_inside, with_a_pipe_inside, as_link_to_a_folder],
+)
+def test_what_is_no_plain_entry_is_taken_away_and_written_again(tmp_path, make):
+    store, key = cache.StageCache(tmp_path / "lora"), "0" * 32
+    (tmp_path / "lora").mkdir()
+    make(tmp_path / "lora" / key)
+    (tmp_path / "lora" / f"{key}.partial-new").write_text("a file where a killed writer's folder would be")
+    (tmp_path / "bytes").mkdir()
+
+    def get(make):
+        return store.get(
+            key,
+            make=make,
+            save=lambda value, folder: (folder / "x").write_text(value),
+            load=lambda folder: (folder / "x").read_text(),
+        )
+
+    assert get(lambda: "made") == "made"
+    assert get(lambda: pytest.fail("it was not kept")) == "made"
+    if make is as_link_to_a_folder:
+        assert (tmp_path / "mine" / "x").read_text() == "x"

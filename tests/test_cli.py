@@ -314,7 +314,7 @@ def test_unwritable_cache_is_only_a_note(settings, place, capsys):
 
 
 def test_divergence_is_said_and_the_last_good_latent_kept(settings, place, capsys):
-    assert main_edit([*settings, "lora.steps=0", "image=pic.png", POINTS, "drag.lr=1e6"]) == 0
+    assert main_edit([*settings, "lora.steps=0", "image=pic.png", POINTS, "drag.lr=1000"]) == 0
     assert "drag: 0 steps, diverged at step 1" in capsys.readouterr().out
     numbers = numbers_of(Path("outputs/pic"))
     assert numbers["steps"] == 0
@@ -324,11 +324,39 @@ def test_divergence_is_said_and_the_last_good_latent_kept(settings, place, capsy
     assert Path("outputs/pic/edited.png").read_bytes() == Path("outputs/pic-2/edited.png").read_bytes()
 
 
-def test_diverging_lora_is_an_error_and_not_cached(settings, place, capsys):
-    run = [*settings, "image=pic.png", POINTS, "lora.lr=1e30", "lora.steps=4", "cache.enabled=true", "cache.folder=c"]
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "drag.motion_radius=1000",
+            "radius is 1000: the feature grid of a picture of 32x32 px has 16x16 px",
+        ),
+        ("drag.tracking_radius=900", "drag.tracking_radius is 900"),
+        ("drag.stop_distance=100", "drag.stop_distance is 100.0"),
+        ("drag.grid_scale=0.02", "drag.grid_scale is 0.02: the feature grid of a picture of 32x32 px has 0x0 px"),
+    ],
+)
+def test_what_does_not_fit_the_picture_is_said_before_the_model_is_loaded(
+    settings, place, capsys, monkeypatch, setting, said
+):
+    monkeypatch.setattr(editor, "load_backbone", lambda *_: pytest.fail("loaded"))
+    assert main_edit([*settings, "image=pic.png", POINTS, setting]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_handles_that_were_near_from_the_start_have_not_arrived(settings, place, capsys):
+    assert main_edit([*settings, "lora.steps=0", "image=pic.png", POINTS, "drag.stop_distance=16"]) == 0
+    said = capsys.readouterr().out
+    assert "nearer to their targets than drag.stop_distance=16 grid px" in said and "arrived" not in said
+
+
+def test_diverging_lora_is_an_error_and_not_cached(settings, place, capsys, monkeypatch):
+    adam = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, **more: adam(weights, lr=1e30, **more))
+    run = [*settings, "image=pic.png", POINTS, "lora.lr=1", "lora.steps=4", "cache.enabled=true", "cache.folder=c"]
     assert main_edit(run) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line == "dragdiff: the LoRA's training diverged: try a smaller lora.lr than 1e+30"
+    assert line == "dragdiff: the LoRA's training diverged: try a smaller lora.lr than 1"
     assert not list(Path("c").glob("lora/*")) and not list(Path("c").glob("inversion/*"))
 
 
@@ -416,12 +444,16 @@ def test_failure_under_way_does_not_stop_the_others(settings, album, capsys):
     assert not Path("outputs/one/edited.png").exists()
 
 
-def test_picture_too_large_for_the_memory_does_not_stop_the_others(settings, album, monkeypatch, capsys):
+CPU = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU), MemoryError()])
+def test_picture_too_large_for_the_memory_does_not_stop_the_others(settings, album, monkeypatch, capsys, error):
     drag = editor.Editor.edit
 
     def large(self, sample, **options):
         if sample.name == "one":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return drag(self, sample, **options)
 
     monkeypatch.setattr(editor.Editor, "edit", large)

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -11,9 +13,20 @@ from pathlib import Path
 import pytest
 
 from dragdiff import methods
-from dragdiff.config import Config, check, config_class, config_folder, find_overlay, load_config, to_yaml
+from dragdiff.config import (
+    Config,
+    check,
+    config_class,
+    config_folder,
+    find_overlay,
+    load_config,
+    load_study,
+    load_ui,
+    to_yaml,
+)
 from dragdiff.errors import UserError
 from dragdiff.options import describe, flat, read_yaml, walk
+from dragdiff.study.plan import Variant, config_of
 
 OLD_CONFIG = Path(__file__).parent / "data" / "config-without-method.yaml"
 OVERLAYS = sorted(path.stem for path in config_folder().glob("*.yaml"))
@@ -183,7 +196,7 @@ def test_a_config_can_be_copied_and_sent_elsewhere(name):
         ),
         ([], ["gooddrag.levels=3"], "unknown key 'gooddrag.levels'"),
         ([], ["method=gooddrag", "gooddrag.level=3"], "did you mean 'gooddrag.levels'?"),
-        ([], ["method=gooddrag", "gooddrag.levels=0"], "gooddrag.levels is 0: it must be >= 1"),
+        ([], ["method=gooddrag", "gooddrag.levels=0"], "gooddrag.levels is 0: it must be in [1, 999]"),
         ([], ["method=fastdrag", "fastdrag.fill=paint"], "it must be neighbours | noise | keep"),
         ([], [{"drag": {"lr": "x"}}], "drag.lr is 'x' in the settings: it must be a number"),
         ([], ["method="], "method is ''"),
@@ -237,12 +250,12 @@ def test_unknown_key_names_the_nearest(key, nearest, tmp_path):
         ("drag.lr=nan", "drag.lr is nan: it must be a finite number"),
         ("drag.lr=.inf", "drag.lr is inf: it must be a finite number"),
         ("drag.steps=99999999999999999999", "drag.steps is 99999999999999999999: it is too large a number"),
-        ("drag.lr=0", "drag.lr is 0.0: it must be > 0"),
+        ("drag.lr=0", "drag.lr is 0.0: it must be in (0, 1000]"),
         ("drag.steps=3.7", "drag.steps is 3.7 in 'drag.steps=3.7': it must be a whole number"),
         ("drag.steps=true", "it must be a whole number"),
-        ("drag.steps=-1", "drag.steps is -1: it must be >= 0"),
+        ("drag.steps=-1", "drag.steps is -1: it must be in [0, 100000]"),
         ("lora.steps=null", "it must be a whole number"),
-        ("lora.rank=0", "lora.rank is 0: it must be >= 1"),
+        ("lora.rank=0", "lora.rank is 0: it must be in [1, 1024]"),
         ("seed=-1", "seed is -1: it must be in [0, 4294967295]"),
         ("ddim.strength=0", "ddim.strength is 0.0: it must be in (0, 1]"),
         ("ddim.strength=1.01", "ddim.strength is 1.01: it must be in (0, 1]"),
@@ -250,7 +263,7 @@ def test_unknown_key_names_the_nearest(key, nearest, tmp_path):
         ("ddim.strength=0.001", "ddim.strength 0.001 of 50 steps leaves no step"),
         ("ddim.steps=1000", "in [1, 999]"),
         ("generate.enabled=maybe", "it must be true or false"),
-        ("generate.guidance=0.5", "generate.guidance is 0.5: it must be >= 1"),
+        ("generate.guidance=0.5", "generate.guidance is 0.5: it must be in [1, 1000]"),
         ("model.dtype=fp8", "model.dtype is 'fp8': it must be fp32 | bf16 | fp16"),
         ("logger.kind=mlflow", "none | csv | wandb"),
         ("drag.features=up_blocks.2", "it must be a list"),
@@ -452,3 +465,52 @@ def test_yaml_does_not_guess_what_a_text_means(tmp_path, line, key):
 
 def test_text_on_the_command_line_needs_no_quotes():
     assert load_config(overrides=["prompt=1E5", "output.name=007"]).prompt == "1E5"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("drag.lr=1e38", "lora.lr=1e38", "lora.rank=100000", "lora.batch_size=1000000000", "lora.resolution=100000"),
+        *("drag.motion_radius=10000", "drag.tracking_radius=5000", "generate.height=1000000", "generate.width=1000000"),
+        *("drag.stop_distance=1e38", "drag.mask_weight=1e38", "lora.weight_decay=1e38", "generate.guidance=1e38"),
+        *("lora.steps=1000000000", "drag.steps=1000000000", "lora.alpha=1e38", "generate.freeu_b1=1e38"),
+    ],
+)
+def test_absurd_values_are_out_of_range(override):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"{re.escape(key)} is .*: it must be in "):
+        load_config(overrides=[override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("${oc.env:SECRET}", "${ oc.env:SECRET }", "a ${seed} ${oc.env:SECRET}", "${a.${oc.env:SECRET}}"),
+        *("${oc.decode:${oc.env:SECRET}}", "\\\\${oc.env:SECRET}"),
+    ],
+)
+def test_settings_never_read_the_environment(tmp_path, monkeypatch, text):
+    """In YAML, in `key=value`, in a study and what it gives its edits: such a text stands as it is."""
+    monkeypatch.setenv("SECRET", "secret")
+    (tmp_path / "a.yaml").write_text(json.dumps({"prompt": text, "logger": {"tags": [text]}}))
+    config = load_config([tmp_path / "a.yaml"])
+    assert config.prompt == text and config.logger.tags == [text]
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert load_config([tmp_path / "saved.yaml"]) == config
+    assert load_config(overrides=[f"logger.tags={json.dumps([text])}"]).logger.tags == [text]
+    (tmp_path / "page.yaml").write_text(json.dumps({"token": text}))
+    assert load_ui([tmp_path / "page.yaml"]).token == text
+    (tmp_path / "study.yaml").write_text(json.dumps({"base": [], "question": text, "settings": {"logger.group": text}}))
+    study = load_study(tmp_path / "study.yaml")
+    assert study.question == text
+    assert config_of(study, Variant("a", {}), 1).logger.group == text
+
+
+def test_an_escaped_reference_is_text_in_a_study_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "secret")
+    (tmp_path / "study.yaml").write_text(json.dumps({"base": [], "settings": {"logger.group": "\\${oc.env:SECRET}"}}))
+    assert config_of(load_study(tmp_path / "study.yaml"), Variant("a", {}), 1).logger.group == "${oc.env:SECRET}"
+
+
+def test_a_reference_to_another_key_is_followed():
+    assert load_config([{"prompt": "a ${seed}", "seed": 7}]).prompt == "a 7"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -99,9 +101,11 @@ def test_what_a_visitor_may_set_is_what_the_dataclasses_say_and_nothing_of_the_m
         ("lora.path", "../../secret", "can't be set"),
         ("output.folder", "/tmp/x", "can't be set"),
         ("model.vae", "/etc/passwd", "choose one"),
-        ("drag.lr", -1, "must be > 0"),
+        ("drag.lr", -1, "must be in (0, 1000]"),
         ("drag.steps", "many", "whole number"),
-        ("generate.width", 10**6, "pixels"),
+        ("generate.width", 4096, "pixels"),
+        ("generate.width", 10**6, "must be in"),
+        ("drag.grid_scale", 0.01, "feature grid"),
     ],
 )
 def test_settings_that_are_not_a_visitors_are_refused(client, key, value, words):
@@ -379,8 +383,22 @@ def test_a_generated_picture_is_dragged_by_any_method_with_what_it_was_made_with
 
 def test_other_pages_and_names_are_refused(app, client):
     assert client.post("/api/runs", json={}, headers={"Origin": "http://evil.example"}).status_code == 403
-    for host in ("evil.example", "[", "127.0.0.1.evil.example"):
+    for host in ("evil.example", "127.0.0.1.evil.example", "evil.example:80"):
         assert client.get("/", headers={"Host": host}).status_code == 403
+    odd = (
+        "user@127.0.0.1:80",
+        "evil.com@127.0.0.1",
+        "127.0.0.1#evil.com",
+        "localhost:abc",
+        "localhost:",
+        "[",
+        "",
+        "a b",
+    )
+    for host in (*odd, "localhost/x", "localhost?x", "127.0.0.1\\evil.com", "localhost:123456"):
+        assert client.get("/", headers={"Host": host}).status_code == 400, host
+    for host in ("localhost", "LocalHost:7860", "127.0.0.1:1", "[::1]:7860", "[::1]"):
+        assert client.get("/", headers={"Host": host}).status_code == 200, host
     assert client.post("/api/runs", content=b"{}", headers={"Content-Length": "²".encode()}).status_code == 411
     assert client.put("/api/runs").status_code == 405
     assert client.post("/api/runs", content=b"[1]").status_code == 400
@@ -438,6 +456,19 @@ def test_time_left_is_what_the_steps_to_come_cost_at_the_pace_so_far(tmp_path):
     for step in range(1000):
         run.told({"step": step, "handles": [[step, 0]], "preview": False}, 6.0)
     assert len(run.way) <= 400 and run.way[0] == (0, [[0, 0]]) and run.way[-1] == (999, [[999, 0]])
+
+
+def test_a_sample_is_read_outside_of_the_event_loop(client, monkeypatch):
+    """A slow disk holds up one visitor, not all."""
+    read, here = readers.read_sample, []
+
+    def slow(*arguments):
+        with contextlib.suppress(RuntimeError):
+            here.append(asyncio.get_running_loop())
+        return read(*arguments)
+
+    monkeypatch.setattr(readers, "read_sample", slow)
+    assert client.post("/api/open", json={"sample": "example:sun"}).status_code == 200 and not here
 
 
 def test_mistakes_at_the_start_are_said(tmp_path):

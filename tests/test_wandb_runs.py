@@ -65,7 +65,7 @@ def write_results(plan, store, variants=NAMES):
             points = next(subject for subject in plan.subjects if subject.name == sample).sample.points
             handles, targets = points[:, 0], points[:, 1]
             ways = [[handles, (3 * handles + targets) / 4], [handles, handles, (handles + targets) / 2]]
-            facts = {"steps": 1 + s, "trajectory": np.stack(ways[s]).tolist()}
+            facts = {"steps": 1 + s, "seconds": {"drag": 1.0}, "trajectory": np.stack(ways[s]).tolist()}
         store.write_result(key, {"edited.png": png((10 * v, s, 0)), "edit.json": json.dumps(facts).encode()})
         scores = {"true_distance": [10.0 * v + s], "psnr_inside": [float("inf")]}
         dai = {"dai_1": [0.1 * v, 0.3 * v]}

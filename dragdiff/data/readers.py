@@ -32,6 +32,7 @@ from dragdiff.aliases import Json
 from dragdiff.data.safe_pickle import PickledArray, load_pickle
 from dragdiff.data.sample import EditSample, FilePath, load_image, load_mask
 from dragdiff.errors import UserError
+from dragdiff.reading import read_json
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -301,10 +302,10 @@ def _sample(folder: Path, image: NDArray, prompt: str, points: ArrayLike | list,
 def _read_json(path: Path, *keys: str) -> Json:
     """The object in a JSON file, which must have these keys."""
     try:
-        content = json.loads(path.read_text("utf-8-sig"))
+        content = read_json(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object with {' and '.join(keys)}")

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dragdiff.errors import UserError, one_line
+from dragdiff.reading import read_file
 
 MAX_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 20_000  # a DragBench file has some hundred; also bounds how deep its values can nest
@@ -58,11 +59,7 @@ def load_pickle(path: str | os.PathLike[str]) -> object:
         UserError: for a file that is missing, larger than `MAX_BYTES`, damaged, or asks for anything else.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UnpicklingError(f"it is larger than {MAX_BYTES // 2**20} MiB")
-        return _Machine(data).run()
+        return _Machine(read_file(path, most=MAX_BYTES)).run()
     except Exception as error:  # damaged or hostile data make unpickling raise nearly anything
         reason = one_line(error)
         raise UserError(

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dragdiff.errors import NothingLeft, UserError, one_line
+from dragdiff.errors import NothingLeft, UserError, one_line, out_of_memory
 from dragdiff.methods.method import Method
 from dragdiff.options import check_values
+from dragdiff.reading import check_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +36,7 @@ def read(path: str) -> str:
         UserError: it can't be read.
     """
     try:
+        check_file(path)
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"method is {path!r}, which can't be read: {one_line(error)}") from error
@@ -138,7 +140,7 @@ def _blamed(path: str) -> Iterator[None]:
     except SyntaxError as error:
         raise UserError(f"{error.filename}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from error
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, for which there is a remedy
+        if out_of_memory(error):  # for which there is a remedy
             raise
         theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = f":{theirs[-1].lineno}: {theirs[-1].line}" if theirs else ""

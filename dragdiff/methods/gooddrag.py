@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dragdiff import modules, stages
 from dragdiff.methods.method import DRAG_STEP, Method, Stage, denoising_stages, guidance_rows, origin_stages
-from dragdiff.options import at_least, more_than, one_of, option
+from dragdiff.options import at_least, one_of, option, within
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 class GoodDragSettings:
     """What GoodDrag alone has."""
 
-    levels: int = option(7, "denoising levels at which the latent is dragged, from the top on", at_least(1))
-    trackings: int = option(10, "trackings at each of them", at_least(1))
-    updates: int = option(3, "J: updates of the latent between two trackings", at_least(1))
+    levels: int = option(7, "denoising levels at which the latent is dragged, from the top on", within(1, 999))
+    trackings: int = option(10, "trackings at each of them", within(1, 10_000))
+    updates: int = option(3, "J: updates of the latent between two trackings", within(1, 10_000))
     patience: int = option(
         5, "trackings in a row, over all levels, that move no handle: then the drag is over (the demo: 10)", at_least(1)
     )
-    reach: float = option(4.0, "beta: how far ahead of a handle its patch is pulled, grid px", more_than(0))
+    reach: float = option(
+        4.0, "beta: how far ahead of a handle its patch is pulled, grid px", within(0, 1000, low_open=True)
+    )
     empty_mask: str = option(
         "nothing",
         "what the mask term penalises where there is no mask: nothing, or (the published code) every change",

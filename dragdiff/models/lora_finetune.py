@@ -19,6 +19,7 @@ from dragdiff.errors import UserError
 from dragdiff.models.separate import Separate
 from dragdiff.models.trainer import of_run
 from dragdiff.modules.images import to_tensor
+from dragdiff.reading import NotAFile, check_file
 
 Draw = Callable[[int], "Noise"]
 Posterior = Callable[[list[tuple[int, int]]], tuple[Tensor, Tensor]]
@@ -222,10 +223,13 @@ def check_resume(path: Path, *, settings: Mapping[str, Any], steps: int) -> None
         UserError: missing, not a checkpoint of a LoRA, of a run with other settings (names them), or past `steps`.
     """
     try:
+        check_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved, done = checkpoint["settings"], checkpoint["global_step"]
     except FileNotFoundError:
         raise UserError(f"lora.resume is {str(path)!r}: no such file; give a last.ckpt") from None
+    except NotAFile as error:
+        raise UserError(f"lora.resume is {str(path)!r}: {error.strerror}; give a last.ckpt") from None
     except Exception as error:  # torch raises whatever zip, pickle and the file system do
         raise UserError(f"lora.resume is {str(path)!r}: it can't be read as a checkpoint of a LoRA") from error
     other = [

@@ -12,6 +12,7 @@ import torch
 
 from dragdiff import cache, output
 from dragdiff.callbacks import Frames
+from dragdiff.config import check_fit
 from dragdiff.job import Edit, EditResult, Job, Request
 from dragdiff.methods.method import Method
 from dragdiff.modules import points
@@ -54,6 +55,7 @@ def begin(job: Job, method: Method, number: int, request: Request) -> None:
                 stacklevel=2,
             )
     size, device = working.image.shape[:2], job.model.device
+    check_fit(config, *size)
     grid = points.grid_size(size, config.drag.grid_scale)
     handles, targets = (
         points.to_grid(torch.tensor(np.asarray(which)), image_size=size, grid=grid).to(device)

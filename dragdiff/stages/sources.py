@@ -339,6 +339,8 @@ def _generated(job: Job) -> Generated:
         path = ddim.sample(
             lambda z, t: job.denoiser(z, t, everyone), latents, scheduler=scheduler, start=0, report=step_done
         )
+        if not torch.isfinite(path[-1]).all():
+            raise job.not_finite
         images = [to_picture(job, clean[None], (settings.height, settings.width)) for clean in path[-1]]
     return images, path, at_top
 

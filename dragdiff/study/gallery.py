@@ -16,6 +16,7 @@ from dragdiff.aliases import Json, Report
 from dragdiff.metrics.suite import COLUMNS
 from dragdiff.study.plan import Subject, Variant
 from dragdiff.study.plots import Ways
+from dragdiff.study.results import PICTURE
 from dragdiff.study.store import Store
 from dragdiff.study.table import Measured, decimals, title
 
@@ -98,7 +99,7 @@ class _Cells:
             if key in by_key:
                 by_key[key]["seeds"].append(seed)
                 continue
-            kept = self.store.read(f"results/{key}/edited.png")
+            kept = self.store.read(f"results/{key}/{PICTURE}") if key in self.data.results.facts else None
             by_key[key] = {
                 "seeds": [seed],
                 "picture": None if kept is None else self.pictures.add(Image.open(io.BytesIO(kept))),

@@ -25,7 +25,7 @@ from dragdiff.data.scenes import KINDS, UNIT, Scene, make_scene
 from dragdiff.errors import UserError
 from dragdiff.metrics import baselines
 from dragdiff.metrics.suite import COLUMNS, check_metrics
-from dragdiff.options import flat, walk
+from dragdiff.options import as_it_stands, flat, walk
 
 SCENES = "scenes"  # in place of a folder of samples
 TRIES = 100  # draws for each that is wanted, where most were drawn before
@@ -339,7 +339,8 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
     Raises:
         UserError: wrong ones, or those that are the study's to say.
     """
-    config = load_config(study.base, [study.settings, variant.settings])
+    # their references were followed when the study was read
+    config = load_config(study.base, [as_it_stands(study.settings), as_it_stands(variant.settings)])
     scopes = {key: f.metadata["scope"] for key, f, _ in walk(config)}
     for key, _ in flat(study.settings | variant.settings):
         if key in _STUDYS or scopes[key] == "sample":

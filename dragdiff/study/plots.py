@@ -13,7 +13,6 @@ import numpy as np
 
 from dragdiff.study import sheets
 from dragdiff.study.plan import Plan, show
-from dragdiff.study.store import RESULT, Store
 from dragdiff.study.table import Measured, group, title
 
 if TYPE_CHECKING:
@@ -69,15 +68,10 @@ def _png(figure: Figure) -> bytes:
 # ------------------------------------------------------------------------------------------- the drag
 
 
-def read_ways(plan: Plan, store: Store) -> Ways:
-    """The ways of those edits of a study that have one.
-
-    Raises:
-        StoreError: the results can't be read.
-    """
-    facts = store.read_jsons([f"results/{key}/{RESULT}" for key in set(plan.keys.values())])
-    ways = {path.split("/")[1]: fact["trajectory"] for path, fact in facts.items() if fact.get("trajectory")}
-    return {place: np.array(ways[key], float) for place, key in plan.keys.items() if key in ways}
+def ways_of(data: Measured) -> Ways:
+    """The ways of those edits of a study that have one."""
+    ways = {key: fact["trajectory"] for key, fact in data.results.facts.items() if fact.get("trajectory")}
+    return {place: np.array(ways[key], float) for place, key in data.plan.keys.items() if key in ways}
 
 
 def distance_by_step(plan: Plan, ways: Ways, variant: str) -> np.ndarray:

@@ -108,7 +108,7 @@ def write_report(plan: Plan, store: Store, *, brief: bool = False, progress: Rep
         )
     categories = sorted({subject.category for subject in plan.subjects})
     table = summary(data, categories=[ALL, *(categories if len(categories) > 1 else ())])
-    ways = plots.read_ways(plan, store)
+    ways = plots.ways_of(data)
     pictures = plots.draw(data, table[table["category"] == ALL], ways)
     files = {
         "report.md": _markdown(data, table, list(pictures), _unavailable(plan, store), brief).encode(),

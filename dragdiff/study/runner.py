@@ -19,7 +19,8 @@ from dragdiff.metrics.suite import COLUMNS, metric_key
 from dragdiff.options import walk
 from dragdiff.study.executors import WorkerHandle, open_workers
 from dragdiff.study.plan import Plan, Task
-from dragdiff.study.store import RESULT, SCORES, Store
+from dragdiff.study.results import Results, read_results
+from dragdiff.study.store import Store
 from dragdiff.study.table import ordered_path
 from dragdiff.study.worker import Outcome, missing_scores, record_failure
 
@@ -81,7 +82,7 @@ def run(plan: Plan, *, retry_failed: bool = False, report: Report = lambda *_: N
     """
     store = _open_study(plan)
     summary = Summary(total=len(plan.tasks))
-    unscored = _unscored(store, plan.tasks, plan.study.metrics)
+    unscored = _unscored(_whole(store, plan.tasks), plan.study.metrics)
     failures = {} if retry_failed else store.read_jsons([f"failures/{task.key}.json" for task in plan.tasks])
     jobs: list[list[Task]] = []
     for job in plan.jobs:
@@ -89,8 +90,8 @@ def run(plan: Plan, *, retry_failed: bool = False, report: Report = lambda *_: N
         for task in job:
             if unscored.get(task.key) == []:
                 summary.found += 1
-            elif failure := failures.get(f"failures/{task.key}.json"):
-                summary.failed[task.key] = failure["reason"]
+            elif isinstance(reason := failures.get(f"failures/{task.key}.json", {}).get("reason"), str):
+                summary.failed[task.key] = reason
             else:
                 left.append(task)
         if left:
@@ -100,12 +101,18 @@ def run(plan: Plan, *, retry_failed: bool = False, report: Report = lambda *_: N
     return summary
 
 
-def _unscored(store: Store, tasks: Sequence[Task], metrics: MetricsConfig) -> dict[str, list[str]]:
-    """Of the tasks that have a result, by key, the metrics without scores."""
-    edits = store.read_jsons([f"results/{task.key}/{RESULT}" for task in tasks])
-    scores = store.read_jsons([path.replace(RESULT, SCORES) for path in edits])
-    keys = [task.key for task in tasks if f"results/{task.key}/{RESULT}" in edits]
-    return {key: missing_scores(scores.get(f"results/{key}/{SCORES}", {}), metrics) for key in keys}
+def _whole(store: Store, tasks: Sequence[Task]) -> Results:
+    """The results that there are; a damaged one is taken away, so that it is made again."""
+    results = read_results(store, tasks)
+    for key in results.faults.keys() - results.facts.keys():
+        if store.has_result(key):  # else it may be under way to an object store
+            store.discard(key)
+    return results
+
+
+def _unscored(results: Results, metrics: MetricsConfig) -> dict[str, list[str]]:
+    """Of those that there are, by key, the metrics without scores."""
+    return {key: missing_scores(results.scores.get(key, {}), metrics) for key in results.facts}
 
 
 class _Run:
@@ -201,7 +208,7 @@ class _Run:
         if not self.summary.unavailable:
             return
         left = [task for job in self.jobs for task in job]
-        unscored = _unscored(self.store, left, self.plan.study.metrics)
+        unscored = _unscored(_whole(self.store, left), self.plan.study.metrics)
         for job in self.jobs:
             for task in list(job):
                 if task.key in unscored and set(unscored[task.key]) <= set(self.summary.unavailable):
@@ -287,7 +294,7 @@ class _Run:
         summary = self.summary
         settled = summary.found + summary.done + len(summary.failed)
         notes = [f"{len(summary.failed)} failed", f"{summary.total - settled} left"]
-        if self.work_done:
+        if self.work_done >= 1:  # baselines tell no pace
             left = sum(self.work.values()) - self.work_done
             notes.append(f"about {_duration((time.monotonic() - self.began) / self.work_done * left)}")
         for column, values in [(name, summary.values[name]) for name in COLUMNS if name in summary.values][:2]:

@@ -7,17 +7,24 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from dragdiff.aliases import Json
 from dragdiff.errors import UserError, one_line
+from dragdiff.reading import MOST_JSON, NotAFile, parsed, read_file, take_away
 
 RESULT, SCORES = "edit.json", "scores.json"
 PARTIAL = ".partial"
+NOTHING = (
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    NotAFile,
+)  # raised where there is no such file
 
 
 class StoreError(UserError):
@@ -68,6 +75,8 @@ class Store:
             partial = f"{self.path(path)}.{uuid.uuid4().hex}{PARTIAL}"
             try:
                 self.files.pipe_file(partial, content)
+                if os.path.isdir(self.path(path)):  # nothing of ours
+                    take_away(self.path(path))
                 os.replace(partial, self.path(path))
             finally:
                 Path(partial).unlink(missing_ok=True)
@@ -106,13 +115,12 @@ class Store:
             StoreError: it can't be deleted.
         """
         with _storing(f"results/{key}"):
-            if self.files.exists(self.path("results", key)):
-                self.files.rm(self.path("results", key), recursive=True)
+            self._take_away(self.path("results", key))
 
     def has_result(self, key: str) -> bool:
         """Whether there is one, which may be damaged."""
         with _storing(key):
-            return self.files.exists(self.path("results", key, RESULT))
+            return self.files.isfile(self.path("results", key, RESULT))
 
     def read(self, path: str) -> bytes | None:
         """
@@ -122,42 +130,56 @@ class Store:
         Raises:
             StoreError: the place can't be read.
         """
-        try:
-            return self.files.cat_file(self.path(path))
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # whatever a file system raises
-            raise StoreError(f"cannot read {self.path(path)}: {one_line(error)}") from error
+        return self.read_many([path]).get(path)
 
-    def read_json(self, path: str) -> Any:
+    def read_many(self, paths: Sequence[str], *, most: int | None = None) -> dict[str, bytes]:
+        """As `read` of many; at once, where the file system can do that.
+
+        Args:
+            most: bytes; what is larger counts as missing.
+
+        Returns:
+            By path, the contents that there are.
+        """
+        places = [self.path(path) for path in paths]
+        contents = [_local(place, most) for place in places] if self._local else self._fetched(places)
+        found = {}
+        for path, content in zip(paths, contents, strict=True):
+            if isinstance(content, bytes):
+                found[path] = content
+            elif not isinstance(content, NOTHING):
+                raise StoreError(f"cannot read {self.path(path)}: {one_line(content)}") from content
+        return found
+
+    def _fetched(self, places: list[str]) -> list[bytes | Exception]:
+        everything: list[None] = [None] * len(places)
+        try:
+            contents: list[bytes | Exception] = self.files.cat_ranges(places, everything, everything, on_error="return")
+        except Exception as error:  # whatever a file system raises
+            raise StoreError(f"cannot read {self.root}: {one_line(error)}") from error
+        return contents
+
+    def read_json(self, path: str) -> Json | None:
         """
         Returns:
-            The value in a JSON file; None where there is none, or it is damaged.
+            The object in a JSON file; None where there is none, or it is damaged.
 
         Raises:
             StoreError: as `read`.
         """
-        content = self.read(path)
-        return None if content is None else _parsed(content)
+        return self.read_jsons([path]).get(path)
 
-    def read_jsons(self, paths: Sequence[str]) -> dict[str, Any]:
+    def read_jsons(self, paths: Sequence[str]) -> dict[str, Json]:
         """As `read_json` of many; at once, where the file system can do that.
 
         Returns:
-            By path, the values that there are.
+            By path, the objects that there are.
         """
-        places = [self.path(path) for path in paths]
-        try:
-            everything: list[None] = [None] * len(places)
-            contents = self.files.cat_ranges(places, everything, everything, on_error="return")
-        except Exception as error:  # whatever a file system raises
-            raise StoreError(f"cannot read {self.root}: {one_line(error)}") from error
         found = {}
-        for path, content in zip(paths, contents, strict=True):
-            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
-                raise StoreError(f"cannot read {self.path(path)}: {one_line(content)}") from content
-            if isinstance(content, bytes) and (value := _parsed(content)) is not None:
-                found[path] = value
+        for path, content in self.read_many(paths, most=MOST_JSON).items():
+            with suppress(ValueError):
+                if isinstance(value := parsed(content), dict):
+                    found[path] = value
         return found
 
     def write_json(self, path: str, value: object) -> None:
@@ -165,21 +187,26 @@ class Store:
         self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
     def remove(self, path: str) -> None:
-        """Delete a file, if it is there.
+        """Delete a file, if it is there, and whatever stands in its place.
 
         Raises:
             StoreError: it can't be deleted.
         """
         with _storing(path):
-            if self.files.exists(self.path(path)):
-                self.files.rm(self.path(path))
+            self._take_away(self.path(path))
+
+    def _take_away(self, place: str) -> None:
+        if self._local:
+            take_away(place)
+        elif self.files.exists(place):
+            self.files.rm(place, recursive=True)
 
 
-def _parsed(content: bytes) -> Any:
+def _local(place: str, most: int | None) -> bytes | Exception:
     try:
-        return json.loads(content)
-    except ValueError:
-        return None
+        return read_file(place, most=most)
+    except OSError as error:
+        return error
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from dragdiff.cache import digest
 from dragdiff.methods.method import done_forwards
 from dragdiff.metrics.statistics import Mean, mean_over_images, mean_over_pairs, paired_difference
 from dragdiff.metrics.suite import COLUMNS, COST, metric_key
-from dragdiff.study.store import RESULT, SCORES, Store
+from dragdiff.study.results import Results, read_results, scores_of
+from dragdiff.study.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,13 +32,15 @@ class Measured:
     Attributes:
         scores: one row for each value: variant, category, sample, seed, pair (0 for values of the whole picture),
             column (a key of `COLUMNS`), value. In the order of the variants, then by sample and seed.
-        failures: one row for each edit that failed or has no scores yet: variant, category, sample, seed, reason ("" =
-            not run yet).
+        failures: one row for each edit that failed, is damaged or has no scores yet: variant, category, sample, seed,
+            reason ("" = not run yet).
+        results: what they are made of.
     """
 
     plan: Plan
     scores: pd.DataFrame
     failures: pd.DataFrame
+    results: Results
 
     @property
     def columns(self) -> list[str]:
@@ -70,24 +73,27 @@ def measured(plan: Plan, store: Store) -> Measured:
     import pandas as pd
 
     wanted = [metric_key(name, plan.study.metrics) for name in plan.study.metrics.names if name != COST]
-    edits = store.read_jsons([f"results/{key}/{SCORES}" for key in set(plan.keys.values())])
+    results = read_results(store, plan.tasks)
     reasons = store.read_jsons([f"failures/{key}.json" for key in set(plan.keys.values())])
-    costs = _costs(plan, store) if COST in plan.study.metrics.names else {}
+    costs = _costs(plan, results) if COST in plan.study.metrics.names else {}
     scores, failures = [], []
     for variant in plan.variants:
         in_order = {
-            seed: (store.read_json(ordered_path(plan, variant.name, seed)) or {}).get("distances", {})
+            seed: scores_of((store.read_json(ordered_path(plan, variant.name, seed)) or {}).get("distances"))
             for seed in (plan.seeds(variant) if plan.study.metrics.ordered else ())
         }
         for subject in plan.subjects:
             for seed in plan.seeds(variant):
                 key = plan.keys[variant.name, subject.name, seed]
                 place = {"variant": variant.name, "category": subject.category, "sample": subject.name, "seed": seed}
-                kept = edits.get(f"results/{key}/{SCORES}", {})
+                kept = results.scores.get(key, {})
                 found = [kept[name] for name in wanted if name in kept]
-                if subject.name in in_order.get(seed, {}):
+                if key in results.facts and subject.name in in_order.get(seed, {}):
                     found.append(in_order[seed][subject.name])
-                reason = reasons.get(f"failures/{key}.json", {}).get("reason", "") if len(found) < len(wanted) else ""
+                reason = reasons.get(f"failures/{key}.json", {}).get("reason") if len(found) < len(wanted) else None
+                reason = reason if isinstance(reason, str) else ""
+                if fault := results.faults.get(key):
+                    reason = f"{fault}; `dragdiff study` makes it again"
                 if reason or not found:
                     failures.append(place | {"reason": reason})
                 if key in costs:
@@ -105,16 +111,16 @@ def measured(plan: Plan, store: Store) -> Measured:
         plan,
         pd.DataFrame(scores, columns=[*columns, "pair", "column", "value"]),
         pd.DataFrame(failures, columns=[*columns, "reason"]),
+        results,
     )
 
 
-def _costs(plan: Plan, store: Store) -> dict[str, dict[str, list[float]]]:
+def _costs(plan: Plan, results: Results) -> dict[str, dict[str, list[float]]]:
     """Forwards and seconds of each edit by a model, by its key. What came from a cache took no time."""
     tasks = {task.key: task.config for task in plan.tasks if task.config}
-    facts = store.read_jsons([f"results/{key}/{RESULT}" for key in tasks])
     costs = {}
     for key, config in tasks.items():
-        if fact := facts.get(f"results/{key}/{RESULT}"):
+        if fact := results.facts.get(key):
             forwards = done_forwards(methods.find(config.method).stages(config), fact["steps"])
             costs[key] = {"forwards": [forwards], "seconds": [sum(fact["seconds"].values())]}
     return costs

@@ -23,7 +23,8 @@ from dragdiff.errors import UserError, one_line
 from dragdiff.loggers import check_login, environment, wandb_run, wandb_tags
 from dragdiff.output import SHOWN_SIDE, annotated
 from dragdiff.study.plan import Plan, Subject, Variant, config_of
-from dragdiff.study.plots import distance_by_step, read_ways
+from dragdiff.study.plots import distance_by_step, ways_of
+from dragdiff.study.results import PICTURE
 from dragdiff.study.store import Store
 from dragdiff.study.table import Measured, measured, summary
 
@@ -181,7 +182,7 @@ def pages(plan: Plan, store: Store, report_files: Mapping[str, bytes]) -> Iterat
         StoreError: the results can't be read.
     """
     study, data = plan.study, measured(plan, store)
-    means, ways = summary(data), read_ways(plan, store)
+    means, ways = summary(data), ways_of(data)
 
     def identity(variant: str | None) -> str:
         return cache.digest(project=study.logger.project, results=store.url, study=study.name, variant=variant)
@@ -245,7 +246,7 @@ def _samples(data: Measured, store: Store, variant: Variant) -> tuple[pd.DataFra
     for number, (sample, seed) in enumerate(zip(rows["sample"], rows["seed"], strict=True)):
         edited = None
         if number in chosen:
-            edited = store.read(f"results/{data.plan.keys[variant.name, sample, seed]}/edited.png")
+            edited = store.read(f"results/{data.plan.keys[variant.name, sample, seed]}/{PICTURE}")
         sources.append(None if edited is None else _source(subjects[sample]))
         edits.append(None if edited is None else Image.open(io.BytesIO(edited)))
     pictures = pd.DataFrame({"source": sources, "edited": edits}, dtype=object)

@@ -8,7 +8,7 @@ import json
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ from PIL import Image
 from dragdiff import output
 from dragdiff.config import Config, MetricsConfig, StudyConfig, to_files
 from dragdiff.editor import Editor, OneModel
-from dragdiff.errors import DeviceLost, UserError, one_line
+from dragdiff.errors import DeviceLost, UserError, one_line, out_of_memory
 from dragdiff.job import EditResult, Request
 from dragdiff.metrics.suite import COST, Suite, Values, metric_key
 from dragdiff.study.plan import Subject, Task, baseline_picture
+from dragdiff.study.results import PICTURE, picture_of, read_results, scores_of
 from dragdiff.study.store import RESULT, SCORES, Store, StoreError
 
 MOST = 8  # edits at once, where the study leaves it to the worker
@@ -134,7 +135,9 @@ class Worker:
                     start = time.perf_counter()
                     backbone.predict(latent, torch.tensor(500), condition).sum().item()
                     seconds.append(time.perf_counter() - start)
-        except (UserError, torch.OutOfMemoryError):
+        except (UserError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, UserError) and not out_of_memory(error):
+                raise
             return None
         return float(np.median(seconds[1:]))
 
@@ -153,7 +156,7 @@ class Worker:
             StoreError: the results can't be read or written.
             DeviceLost: the GPU no longer works.
         """
-        scores = [self.store.read_json(f"results/{task.key}/{SCORES}") or {} for task in tasks]
+        scores = [scores_of(self.store.read_json(f"results/{task.key}/{SCORES}")) for task in tasks]
         left = [
             task
             for task, known in zip(tasks, scores, strict=True)
@@ -194,10 +197,10 @@ class Worker:
         found: dict[str, Values] = {}
         with _threads(self.study.threads):
             for subject, key in edits:
-                picture = self.store.read(f"results/{key}/edited.png")
-                values = suite.score("distance", subject, _picture(picture)) if picture is not None else None
-                if values is not None:
-                    found[subject.name] = values
+                with suppress(UserError):  # damaged meanwhile
+                    picture = picture_of(self.store.read(f"results/{key}/{PICTURE}"), subject)
+                    if (values := suite.score("distance", subject, picture)) is not None:
+                        found[subject.name] = values
         return found
 
     def _pictures(self, tasks: Sequence[Task]) -> dict[str, np.ndarray | Failure]:
@@ -227,17 +230,16 @@ class Worker:
             picture = baseline_picture(task.baseline, task.subject)
         except Exception as error:
             return Failure.of(error)
-        files = {"edited.png": _png(picture), RESULT: _json({"baseline": task.baseline})}
+        files = {PICTURE: _png(picture), RESULT: _json({"baseline": task.baseline})}
         self.store.write_result(task.key, files)
         return picture
 
     def _kept(self, task: Task) -> np.ndarray | None:
-        picture = self.store.read(f"results/{task.key}/edited.png") if self.store.has_result(task.key) else None
-        try:
-            return None if picture is None else _picture(picture)
-        except (OSError, SyntaxError, ValueError):  # damaged
+        if task.key in read_results(self.store, [task]).facts:
+            return picture_of(self.store.read(f"results/{task.key}/{PICTURE}"), task.subject)
+        if self.store.has_result(task.key):  # damaged
             self.store.discard(task.key)
-            return None
+        return None
 
     def _edited(self, tasks: Sequence[Task]) -> Sequence[EditResult | UserError | Failure]:
         """The edits of one batch; where it fails as a whole, one by one."""
@@ -271,7 +273,9 @@ class Worker:
         """None where memory is too small; the error is gone then, and with it what it holds."""
         try:
             return self._edit(editor, tasks)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             return None
 
     def _edit(self, editor: Editor, tasks: Sequence[Task]) -> list[EditResult | UserError]:
@@ -304,7 +308,7 @@ class Worker:
 
     def _score(self, task: Task, picture: np.ndarray) -> dict[str, Values]:
         path = f"results/{task.key}/{SCORES}"
-        before = scores = self.store.read_json(path) or {}
+        before = scores = scores_of(self.store.read_json(path))
         try:
             for name in missing_scores(before, self.study.metrics):
                 values = self._metrics().score(name, task.subject, picture)
@@ -334,14 +338,10 @@ def _files(result: EditResult, task: Task) -> dict[str, bytes]:
     assert task.config is not None
     repeats = to_files(dataclasses.replace(task.config, sample=task.subject.source))
     return {
-        "edited.png": _png(result.image),
+        PICTURE: _png(result.image),
         **{name: content.encode() for name, content in repeats.items()},
         RESULT: _json(facts),
     }
-
-
-def _picture(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def _png(picture: np.ndarray) -> bytes:

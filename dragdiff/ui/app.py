@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import secrets
 import signal
 import sys
@@ -15,11 +16,12 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from dragdiff.config import UIConfig
 from dragdiff.errors import UserError
+from dragdiff.ui.connections import Connection, Quiet
 from dragdiff.ui.guard import Guard, is_loopback
 from dragdiff.ui.routes import Page
 
@@ -50,7 +52,9 @@ def make_app(settings: UIConfig, folder: Path) -> Starlette:
         await run_in_threadpool(page.queue.close)
 
     app = Starlette(
-        routes=page.routes(), lifespan=life, exception_handlers={Exception: _unexpected, HTTPException: _refused}
+        routes=page.routes(),
+        lifespan=life,
+        exception_handlers={Exception: _unexpected, HTTPException: _refused, ClientDisconnect: _gone},
     )
     app.add_middleware(Guard, settings=settings)  # type: ignore[arg-type]
     app.state.page = page
@@ -59,6 +63,11 @@ def make_app(settings: UIConfig, folder: Path) -> Starlette:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": f"the server made a mistake ({type(error).__name__}); its log says more"}, 500)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """The upload broke off, or took too long."""
+    return JSONResponse({"error": "the upload did not arrive"}, 408, {"Connection": "close"})
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -97,7 +106,11 @@ def serve(settings: UIConfig) -> None:
             print("note: the page is open to other machines, without encryption; who has this address can use it")
         print(f"the page is at http://{host}:{opened.getsockname()[1]}/{query}  (Ctrl-C ends it)", flush=True)
         server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, ws="none")
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, ws="none", http=Connection
+            )
         )
+        for name in ("asyncio", "uvicorn.error"):
+            logging.getLogger(name).addFilter(Quiet())
         app.state.page.ending = lambda: server.should_exit
         server.run(sockets=[opened])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -14,8 +14,10 @@ from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dragdiff.config import UIConfig
+from dragdiff.ui.connections import BODY_SECONDS
 
 ASKS_FOR_TOKEN = Path(__file__).parent / "static" / "token.html"
+HOST = re.compile(r"(?P<name>[\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?", re.ASCII)
 TOKEN = "dragdiff_token"  # its cookie
 POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 
@@ -42,13 +44,26 @@ class Guard:
                 headers.setdefault("Cache-Control", "private, no-cache")
             await send(message)
 
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+
+        async def receive_in_time() -> Message:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await receive()
+            except TimeoutError:
+                return {"type": "http.disconnect"}
+
         refusal = self._refusal(Request(scope))
-        await (refusal or self.app)(scope, receive, answer)
+        # a stream listens as long as it lasts for its visitor to go
+        await (refusal or self.app)(scope, receive_in_time if scope["method"] == "POST" else receive, answer)
 
     def _refusal(self, request: Request) -> Response | None:
         headers = Headers(scope=request.scope)
         host = headers.get("host", "")
-        if self.loopback and not is_loopback(_hostname(host)):  # DNS rebinding
+        named = HOST.fullmatch(host)
+        if named is None:
+            return JSONResponse({"error": "the Host header must be a name, or a name and a port"}, 400)
+        if self.loopback and not is_loopback(named["name"].strip("[]").lower()):  # DNS rebinding
             return JSONResponse({"error": "this page is for this machine alone"}, 403)
         if request.method == "POST":
             origin = headers.get("origin")
@@ -78,14 +93,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _hostname(host: str) -> str:
-    """Of a Host header, without the port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _same(given: str, token: str) -> bool:

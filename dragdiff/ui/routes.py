@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 
 from dragdiff.aliases import Json
 from dragdiff.assets import EXAMPLES
-from dragdiff.config import Config, UIConfig
+from dragdiff.config import Config, UIConfig, check_fit
 from dragdiff.data import readers
 from dragdiff.data.sample import EditSample, load_image
 from dragdiff.errors import UserError
@@ -104,8 +104,7 @@ class Page:
             name = _text(await _body(request), "sample")
             if name not in self.samples:
                 raise UserError(f"there is no sample {name[:80]!r} here")
-            sample = readers.read_sample(self.samples[name], self.samples[name].name)
-            return JSONResponse(await run_in_threadpool(self._opened, visitor, sample))
+            return JSONResponse(await run_in_threadpool(self._open_offered, visitor, self.samples[name]))
         async with request.form(max_files=20, max_fields=5) as form:
             parts = [part for part in form.values() if isinstance(part, UploadFile)]
             uploaded = [(Path(part.filename or "").name, await part.read()) for part in parts]
@@ -113,6 +112,9 @@ class Page:
         if not isinstance(wanted, str):
             wanted = None
         return JSONResponse(await run_in_threadpool(self._open_files, visitor, uploaded, wanted))
+
+    def _open_offered(self, visitor: Visitor, folder: Path) -> Json:
+        return self._opened(visitor, readers.read_sample(folder, folder.name))
 
     def _open_files(self, visitor: Visitor, uploaded: list[tuple[str, bytes]], wanted: str | None) -> Json:
         found = files.read_upload(uploaded, wanted, self.settings.max_upload_mb)
@@ -187,7 +189,8 @@ class Page:
             sample, picture = self._sample(visitor, body)
             body, config = self._edit_config(body, sample, picture)
             self.form.chosen(body).check(sample)
-            sample.resized(config.data.max_size)  # may get too small
+            working = sample.resized(config.data.max_size)  # may get too small
+            check_fit(config, working.height, working.width)
             request = {"points": sample.points.tolist(), "name": sample.name, "generated": bool(picture.generated)}
         request |= {key: body.get(key) for key in ("model", "preset", "method", "prompt")}
         request["settings"] = self.form.changes(body)
