@@ -260,7 +260,10 @@ def _merge(kind: type, config: DictConfig, layer: Values, where: str, prefix: st
             nearest = nearest_key(key, kind)
             raise UserError(f"unknown key {key!r} {where}: did you mean {nearest!r}? (--help lists all keys)")
         else:
-            texts = {str: [value], list: value if isinstance(value, list) and key in _text_lists(kind) else []}
+            texts: dict[Any, list[Any]] = {
+                str: [value],
+                list: value if isinstance(value, list) and key in _text_lists(kind) else [],
+            }
             guessed = [given for given in texts.get(type(defaults[key]), []) if isinstance(given, bool | int | float)]
             if guessed:
                 raise UserError(

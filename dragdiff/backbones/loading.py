@@ -387,7 +387,8 @@ def _load_unet(name: str, *, dtype: torch.dtype) -> Any:
     """A UNet by itself, or out of a pipeline."""
     from diffusers import UNet2DConditionModel
 
-    folder, settings = _unet_folder(name), {"kind": UNet2DConditionModel, "dtype": dtype}
+    folder = _unet_folder(name)
+    settings: dict[str, Any] = {"kind": UNet2DConditionModel, "dtype": dtype}
     if _local(name):
         return _load_part(folder, **settings)
     inside = "unet" if folder.name == "unet" else ""

@@ -114,8 +114,8 @@ def _scale(metadata: Any, module: str, rank: int, file: Path) -> float:
     from peft.utils.other import get_pattern_key
 
     try:
-        patterns = metadata.get("unet.alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns, module), metadata.get("unet.lora_alpha", rank))
+        patterns: Any = metadata.get("unet.alpha_pattern") or {}
+        alpha: Any = patterns.get(get_pattern_key(patterns, module), metadata.get("unet.lora_alpha", rank))
         scale = alpha / (math.sqrt(rank) if metadata.get("unet.use_rslora") else rank)
         if isinstance(alpha, bool) or not math.isfinite(scale):
             raise ValueError(f"alpha is {alpha}")

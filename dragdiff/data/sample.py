@@ -244,7 +244,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         return image
     assert converted is not None
     change = ImageChops.difference(converted, colours.convert("RGB"))
-    if max(high for _, high in change.getextrema()) <= 1:  # rounding: it is sRGB
+    if np.asarray(change).max() <= 1:  # rounding: it is sRGB
         return image
     if alpha is not None:
         converted.putalpha(alpha)
