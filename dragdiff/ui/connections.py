@@ -18,14 +18,14 @@ QUIET_SECONDS = 60.0  # in which the log has the same line once
 class Connection(H11Protocol):
     """A connection that is closed where no request comes; the longest without one makes room for a new one."""
 
-    _waiting: asyncio.TimerHandle | None = None
+    waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Wait for its first request."""
         super().connection_made(transport)
         if len(self.connections) > most_connections():
-            idle = [other for other in self.connections if getattr(other, "_waiting", None) and other is not self]
-            (min(idle, key=lambda other: other._waiting.when()) if idle else self).transport.abort()  # type: ignore[union-attr]
+            idle = [other for other in self.connections if getattr(other, "waiting", None) and other is not self]
+            (min(idle, key=lambda other: other.waiting.when()) if idle else self).transport.abort()  # type: ignore[union-attr]
         self._wait()
 
     def data_received(self, data: bytes) -> None:
@@ -41,13 +41,13 @@ class Connection(H11Protocol):
     def _wait(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
-        elif self._waiting is None:
-            self._waiting = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        elif self.waiting is None:
+            self.waiting = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
 
 
 def most_connections() -> int:
