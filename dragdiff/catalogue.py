@@ -35,17 +35,18 @@ def overview() -> str:
     )
 
 
-def suitable(settings: Callable[[str], Config]) -> str:
+def suitable(settings: Callable[[str], Config], chosen: Sequence[str]) -> str:
     """Which methods can edit something, and what the others lack.
 
     Args:
         settings: those by which the method of a name would; raises a `UserError` that says why it can't.
+        chosen: names of methods.
 
     Raises:
         UserError: none can, all for the same reason.
     """
     rows, reasons = [("name", "forwards", "here")], []
-    for name in names():
+    for name in chosen:
         try:
             config = settings(name)
         except UserError as error:
@@ -54,7 +55,7 @@ def suitable(settings: Callable[[str], Config]) -> str:
             continue
         work = total_forwards(methods.find(name).stages(config))
         parts = ", ".join(f"{stage} {forwards:.0f}" for stage, forwards in work.items())
-        rows.append((name, f"{sum(work.values()):.0f}", f"can run: {parts}"))
+        rows.append((methods.find(name).name, f"{sum(work.values()):.0f}", f"can run: {parts}"))
     if len(reasons) == len(rows) - 1 and len(set(reasons)) == 1:
         raise UserError(reasons[0])
     return "\n".join(_table(rows))

@@ -112,7 +112,7 @@ def main_study(argv: Sequence[str] | None = None, *, prog: str = "dragdiff study
         prog=prog,
         usage="%(prog)s STUDY.yaml [key=value ...] [--plan] [--retry-failed] [--allow-failures] [--wandb-sweep FILE]",
         description=STUDY_HELP.replace("{prog}", prog),
-        epilog="all keys of a study, with their defaults:\n\n" + describe(StudyConfig()).replace("%", "%%"),
+        epilog="all keys of a study, with their defaults:\n\n" + describe(StudyConfig()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", metavar="STUDY.yaml")
@@ -146,7 +146,7 @@ def main_ui(argv: Sequence[str] | None = None, *, prog: str = "dragdiff ui") -> 
         prog=prog,
         usage="%(prog)s [PAGE.yaml ...] [key=value ...]",
         description=UI_HELP.replace("{prog}", prog),
-        epilog="all keys of the page, with their defaults:\n\n" + describe(UIConfig()).replace("%", "%%"),
+        epilog="all keys of the page, with their defaults:\n\n" + describe(UIConfig()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="PAGE.yaml | key=value", help="see above and below")
@@ -169,7 +169,7 @@ def _config_parser(prog: str, text: str) -> argparse.ArgumentParser:
         prog=prog,
         usage="%(prog)s [CONFIG.yaml ...] [key=value ...]",
         description=text.replace("{prog}", prog),
-        epilog="all keys, with their defaults:\n\n" + describe(Config()).replace("%", "%%"),
+        epilog="all keys, with their defaults:\n\n" + describe(Config()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value", help="see above and below")

@@ -36,7 +36,7 @@ DEFAULT_EXAMPLE = "example:sun"
 def edit(arguments: argparse.Namespace) -> int:
     """Drag what the settings name, by one method or several."""
     names = _several_methods(arguments.settings)
-    configs = [_config(arguments, *chosen) for chosen in ([f"method={name}"] for name in names)] or [_config(arguments)]
+    configs = [_config(arguments, f"method={name}", others=names) for name in names] or [_config(arguments)]
     (config, *_) = configs
     if config.generate.enabled and not config.points:
         return _each_sample([config], _generate_one, edits=False)
@@ -76,7 +76,7 @@ class _Sheets:
         if results := [outcome for outcome in outcomes if isinstance(outcome, EditResult)]:
             with output.written(folder.parent / "comparison.png") as file:
                 output.side_by_side(results).save(file)
-            print(f"wrote {folder.parent}/comparison.png: {len(results)} methods side by side")
+            print(f"wrote {folder.parent}/comparison.png: {len(results)} of {self.count} methods side by side")
 
 
 def _edit_batch(editor: Editor, requests: Sequence[Request]) -> Sequence[Outcome]:
@@ -149,7 +149,11 @@ def list_methods(arguments: argparse.Namespace) -> int:
         case [name] if "=" not in name and not name.endswith((".yaml", ".yml")):
             print(catalogue.details(name))
         case _:
-            print(catalogue.suitable(partial(_fitting, arguments)))
+            named = [text for text in arguments.settings if "=" not in text and not text.endswith((".yaml", ".yml"))]
+            arguments.settings = [text for text in arguments.settings if text not in named]
+            wanted = [name for name in named if methods.is_file(name) or methods.is_known(name)]
+            arguments.settings += [name for name in named if name not in wanted]  # overlays by name
+            print(catalogue.suitable(partial(_fitting, arguments), wanted or catalogue.names()))
     return 0
 
 
@@ -356,12 +360,19 @@ def _report_failures(failures: Failures, total: int) -> int:
 # ------------------------------------------------------------------------------------------- input
 
 
-def _config(arguments: argparse.Namespace, *more: str) -> Config:
-    """The settings of the command line, with more that win over them."""
+def _config(arguments: argparse.Namespace, *more: str, others: Sequence[str] = ()) -> Config:
+    """The settings of the command line, with more that win over them.
+
+    Args:
+        others: methods for which settings may be there, too.
+    """
     files = [argument for argument in arguments.settings if "=" not in argument]
     overrides = [argument for argument in arguments.settings if "=" in argument]
     if more:
-        overrides = [*(text for text in overrides if not text.startswith("method=")), *more]
+        own = f"{methods.find(more[0].removeprefix('method=')).name}."
+        left_out = tuple(f"{methods.find(other).name}." for other in others)
+        kept = [text for text in overrides if text.startswith(own) or not text.startswith(("method=", *left_out))]
+        overrides = [*kept, *more]
     config = load_config(files or [DEFAULT_OVERLAY], overrides)
     if not (config.sample or config.image or config.generate.enabled):
         if config.model.path != "embedded":

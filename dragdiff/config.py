@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from dragdiff import methods
 from dragdiff.aliases import Json
 from dragdiff.errors import UserError
-from dragdiff.methods.method import Method
+from dragdiff.methods.method import METHODS_OWN, Method
 from dragdiff.moved import tell_moved
 from dragdiff.options import (
     Layer,
@@ -46,7 +46,6 @@ DEFAULT_OVERLAY = "embedded"
 DEFAULT_METHOD = "dragdiffusion"
 MIN_GRID = 4  # px of the feature grid's shorter side: fewer can't tell a handle from its target
 SMALLEST_LIMIT = 16  # grid px that a radius may have on any picture: published ones are meant for large pictures
-METHODS_OWN = ("lora", "ddim", "drag", "control")  # shared sections that each method has values of its own for
 
 
 @dataclass
@@ -542,7 +541,10 @@ def load_config(files: Sequence[str | Path | Json] = (), overrides: Sequence[str
         chosen = str(Path(chosen).expanduser().absolute())
         methods.bring_file(chosen)  # as it is now
     method = methods.find(chosen)
-    kind = config_class(method)
+    try:
+        kind = config_class(method)
+    except UserError as error:
+        raise UserError(f"{chosen}: {error}") from error
     layers: list[Layer] = [(method.published, f"in the file of {method.name}")]
     for overlay, name in overlays:
         layers += _meant_for(method, overlay, f"in {name}")
@@ -582,8 +584,8 @@ def _meant_for(method: Method, overlay: Values, where: str) -> list[Layer]:
             raise UserError(
                 f"methods {where} has settings for {name!r}: put them below the name that the file gives it"
             )
-        if name != method.name:
-            methods.find(name)
+        if name != method.name and not methods.is_known(name):
+            warnings.warn(f"methods {where} has settings for {name!r}, which is no method here", stacklevel=3)
     plain = {key: value for key, value in overlay.items() if key != "methods"}
     if theirs != method.name:
         bound = (*METHODS_OWN, theirs)
@@ -732,11 +734,9 @@ def to_yaml(config: Config | StudyConfig) -> str:
 
 
 def to_files(config: Config) -> dict[str, str]:
-    """What repeats an edit, by name: `config.yaml`, and beside it a copy of its method's file where it has one."""
-    if not methods.is_file(config.method):
+    """What repeats an edit, by name: `config.yaml`, and beside it the text of its method where that is the user's."""
+    source = methods.find(config.method).source
+    if not source or config.method in methods.offered():
         return {"config.yaml": to_yaml(config)}
-    name = Path(config.method).name
-    return {
-        "config.yaml": to_yaml(dataclasses.replace(config, method=name)),
-        name: methods.find(config.method).source,
-    }
+    name = Path(config.method).name if methods.is_file(config.method) else f"{config.method}.py"
+    return {"config.yaml": to_yaml(dataclasses.replace(config, method=name)), name: source}

@@ -64,7 +64,7 @@ class Editor:
         config: Config,
         backbone: Diffusion | None = None,
         *,
-        method: Method | None = None,
+        method: Method | str | None = None,
         report: Report | None = None,
     ) -> None:
         """
@@ -84,6 +84,7 @@ class Editor:
         self.report = report or (lambda stage, done, total, note: None)
         check_settings(config, self.backbone)
         self.method = methods.find(config.method)
+        self.method.stages(config)  # what is wrong with a method of one's own is said before any work
         self.autocast = resolve_autocast(config.model.autocast, device=self.backbone.device, dtype=config.model.dtype)
         folder = Path(config.cache.folder).expanduser() if config.cache.folder else cache.default_folder()
         limit = round(config.cache.limit_gb * 1e9)
@@ -99,7 +100,7 @@ class Editor:
 
     @classmethod
     def from_config(
-        cls, *files: str | Path, overrides: Sequence[str] = (), method: Method | None = None, **kwargs: Any
+        cls, *files: str | Path, overrides: Sequence[str] = (), method: Method | str | None = None, **kwargs: Any
     ) -> Editor:
         """An editor from YAML overlays (paths, or names of shipped ones) and `key=value` overrides.
 

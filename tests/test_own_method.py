@@ -187,6 +187,10 @@ def test_python(here, monkeypatch):
         np.abs(result.image.astype(int) - scene.truth).mean()
         < np.abs(scene.sample.image - scene.truth.astype(int)).mean()
     )
+    made = result.save(here / "kept")
+    assert cli.main(["edit", str(here / "kept/config.yaml"), "sample=scene:sun-3000", "output.name=again"]) == 0
+    assert here / "kept/shift.py" in made
+    assert np.array_equal(Image.open(here / "outputs/again/edited.png"), result.image)
     with pytest.warns(UserWarning, match="shift has its published values"):
         other = Editor(load_config(["embedded"], ["ddim.steps=4", "seed=3"]), method=method)
     assert (other.config.method, other.config.seed, other.config.ddim.steps) == ("shift", 3, 50)
@@ -221,6 +225,9 @@ def test_only_below_a_settings_file(here, capsys):
         (("def plan(config):", "def plan(config) return"), [line("def plan"), "def plan(config) return"]),
         (("METHOD = Method(", "MY_METHOD = Method("), ["shift.py has no METHOD"]),
         (('name="shift"', 'name="my shift"'), ["METHOD.name is 'my shift'"]),
+        (('needs=("points",)', 'needs=("pionts",)'), ["METHOD.needs names 'pionts'"]),
+        (('reads=("lora", "ddim",', 'reads=("lora", "dim",'), ["METHOD.reads names 'dim'"]),
+        (("source.down(layers=layers))", "source.down(layers=layers), left=-1)"), ["left is -1", "shift.py:2"]),
         (('name="shift"', 'name="drag"'), ["METHOD.name is 'drag', which is taken"]),
         (('name="shift"', 'name="gooddrag"'), ["which is taken"]),
         (('"lora.steps": 0', '"lora.stpes": 0'), ["lora.stpes", "in the file of shift", "lora.steps"]),
@@ -237,10 +244,7 @@ def test_mistakes(here, capsys, change, said):
     """Each is answered with the file and the line, and exit code 2."""
     assert change[0] in SHIFT
     (here / "shift.py").write_text(SHIFT.replace(*change), "utf-8")
-    if line("return [*origin") in said:  # what a page or a study asks, and `dragdiff methods`
-        assert cli.main(["methods", "shift.py"]) == 2
-    else:
-        assert edit("method=shift.py", *QUICK) == 2
+    assert edit("method=shift.py", *QUICK) == 2
     error = capsys.readouterr().err
     assert all(part in error for part in said), error
     assert "Traceback" not in error and len(error.splitlines()) <= 4
@@ -281,7 +285,7 @@ def test_several(here, capsys):
     quick = ["debug", "method=[dragdiffusion, fastdrag,shift.py]", "ddim.steps=4"]
     assert edit(*quick) == 2
     said = capsys.readouterr()
-    assert "outputs/sun/comparison.png: 2 methods side by side" in said.out
+    assert "outputs/sun/comparison.png: 2 of 3 methods side by side" in said.out
     assert "passing over shift: " in said.err and "1 of 3" in said.err
     for name in ("dragdiffusion", "fastdrag"):
         assert (here / "outputs/sun" / name / "edited.png").exists()
@@ -292,6 +296,26 @@ def test_several(here, capsys):
     assert np.array_equal(shown, alone)
     assert edit("debug", "method=[fastdrag,dragnoise]") == 0
     assert (here / "outputs/sun-2/dragnoise/config.yaml").exists()
+
+
+def test_settings_of_each_of_several(here, capsys):
+    """On the command line and in a study, one method's own settings are no mistake for the others."""
+    several = ["debug", "method=[shift.py,fastdrag]", "shift.radius=7", "fastdrag.fill=keep", "ddim.steps=4"]
+    assert edit(*several) == 0
+    assert "radius: 7.0" in (here / "outputs/sun/shift/config.yaml").read_text()
+    assert "fill: keep" in (here / "outputs/sun/fastdrag/config.yaml").read_text()
+    variants = "variants: [{method: shift.py}, {method: fastdrag}]\nsettings: {shift.radius: 7, fastdrag.fill: keep}\n"
+    (here / "study.yaml").write_text(variants + "data: {limit: 1}\n")
+    configs = [task.config for task in expand(load_study_of("study.yaml")).tasks if task.config]
+    assert {config.own.radius if config.method.endswith(".py") else config.own.fill for config in configs} == {
+        7,
+        "keep",
+    }
+    assert edit("debug", "method=[shift.py,fastdrag]", "shift.raduis=7") == 2
+    (here / "mine.yaml").write_text("methods: {shift: {shift.radius: 3}, nobody: {lora.steps: 1}}\n")
+    assert edit("debug", "mine.yaml", "method=shift.py", "ddim.steps=4", "output.name=layered") == 0
+    assert "radius: 3.0" in (here / "outputs/layered/config.yaml").read_text()
+    assert "'nobody', which is no method here" in capsys.readouterr().err
 
 
 def test_several_wrong(here, capsys):
@@ -322,6 +346,9 @@ def test_which_can(here, capsys):
     """`dragdiff methods` with a sample says what each lacks."""
     assert cli.main(["methods", "sample=example:sun"]) == 0
     assert capsys.readouterr().out.count("can run: ") == len(methods.NAMES)
+    assert cli.main(["methods", "shift.py", "fastdrag", "sample=example:sun"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in said[1:]] == ["shift", "fastdrag"] and all("can run" in row for row in said[1:])
     (here / "bare").mkdir()
     Image.new("RGB", (64, 64)).save(here / "bare/image.png")
     (here / "bare/edit.json").write_text('{"prompt": "a sun", "points": []}')
@@ -336,5 +363,6 @@ def test_which_can(here, capsys):
 
 
 def test_bring_refuses():
+    assert methods.bring("fastdrag") == "fastdrag"
     with pytest.raises(UserError, match="which is taken"):
         methods.bring(methods.find("fastdrag"))

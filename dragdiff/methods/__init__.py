@@ -48,13 +48,21 @@ def find(name: str) -> Method:
     )
 
 
+def is_known(name: str) -> bool:
+    """Whether there is a method of this name."""
+    return name in NAMES or name in _brought or name in offered()
+
+
 def is_file(name: str) -> bool:
     """Whether a method is named by a file of its own."""
     return name.endswith(".py")
 
 
-def bring(method: Method) -> str:
+def bring(method: Method | str) -> str:
     """Let a method of one's own be found.
+
+    Args:
+        method: or what `find` already has it by.
 
     Returns:
         The name by which `find` has it from now on.
@@ -64,6 +72,9 @@ def bring(method: Method) -> str:
     """
     from dragdiff.methods import from_file
 
+    if isinstance(method, str):
+        find(method)
+        return method
     from_file.check(method, f"method {method.name!r}")
     _refuse_taken(method, f"method {method.name!r}")
     _brought[method.name] = from_file.with_source(method)

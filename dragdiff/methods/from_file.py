@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dragdiff.errors import NothingLeft, UserError, one_line, out_of_memory
-from dragdiff.methods.method import Method
+from dragdiff.methods.method import METHODS_OWN, NEEDS, Method
 from dragdiff.options import check_values
 from dragdiff.reading import check_file
 
@@ -68,6 +68,8 @@ def load(path: str, source: str) -> Method:
 
 def with_source(method: Method) -> Method:
     """A method of an imported module with that module's text, as far as there is one."""
+    if method.run.__module__ == "__main__":  # a script, which would run again
+        return method
     try:
         source = inspect.getsource(sys.modules[method.run.__module__])
     except (AttributeError, KeyError, OSError, TypeError):  # made in a shell, or no plain function
@@ -88,6 +90,12 @@ def check(method: Method, where: str) -> None:
         raise UserError(
             f"{where}: METHOD.name is {method.name!r}: it must be letters, digits and _, as it names settings"
         )
+    for name in method.needs:
+        if name not in NEEDS:
+            raise UserError(f"{where}: METHOD.needs names {name!r}: a sample can have {', '.join(NEEDS)}")
+    for key in method.reads:
+        if key.partition(".")[0] not in METHODS_OWN:
+            raise UserError(f"{where}: METHOD.reads names {key!r}: the shared sections are {', '.join(METHODS_OWN)}")
     kind = method.settings
     if kind is None:
         return
@@ -100,8 +108,8 @@ def check(method: Method, where: str) -> None:
     try:
         check_values(OmegaConf.to_object(OmegaConf.structured(kind)))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or ""
-        raise UserError(f"{_place(kind, key, where)}: {kind.__name__}.{key}: {one_line(error)}") from error
+        key, said = getattr(error, "full_key", "") or "", str(error).partition("\n")[0]
+        raise UserError(f"{_place(kind, key, where)}: {kind.__name__}.{key}: {said}") from error
     except UserError as error:
         raise UserError(f"{_place(kind, str(error).partition(' ')[0], where)}: the default {error}") from error
 

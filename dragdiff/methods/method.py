@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from dragdiff.data.sample import EditSample
     from dragdiff.job import Job
 
+METHODS_OWN = (
+    "lora",
+    "ddim",
+    "drag",
+    "control",
+)  # shared sections of settings that each method has values of its own for
+NEEDS = ("points",)  # what a method may need of a sample
 # What a step costs, in forwards of the denoiser for one row: measured on Stable Diffusion's structure.
 LORA_STEP = 2.3  # of each row of its batch
 DRAG_STEP = 2.3

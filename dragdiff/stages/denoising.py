@@ -25,6 +25,8 @@ def denoise(job: Job, latents: Tensor, steps: Iterable[Step], *, left: int | Non
         steps: what is left of a way down.
         left: how many that are; None = the whole way from the top.
     """
+    if left is not None and left < 0:
+        raise ValueError(f"left is {left}: the way down has no more steps")
     with job.stage("denoise", job.config.ddim.taken if left is None else left) as advance:
         for done, step in enumerate(steps, 1):
             latents = step.down(latents)

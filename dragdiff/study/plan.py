@@ -339,10 +339,13 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
     Raises:
         UserError: wrong ones, or those that are the study's to say.
     """
+    chosen = variant.settings.get("method", study.settings.get("method", ""))
+    others = {methods.find(name).name for name in _named_methods(study) if name != chosen}
+    shared = {key: value for key, value in study.settings.items() if key.partition(".")[0] not in others}
     # their references were followed when the study was read
-    config = load_config(study.base, [as_it_stands(study.settings), as_it_stands(variant.settings)])
+    config = load_config(study.base, [as_it_stands(shared), as_it_stands(variant.settings)])
     scopes = {key: f.metadata["scope"] for key, f, _ in walk(config)}
-    for key, _ in flat(study.settings | variant.settings):
+    for key, _ in flat(shared | variant.settings):
         if key in _STUDYS or scopes[key] == "sample":
             raise UserError(f"variant {variant.name!r} sets {key}: {_STUDYS.get(key, 'data')} of the study does that")
     for key, _ in flat(variant.settings):
@@ -362,6 +365,13 @@ def config_of(study: StudyConfig, variant: Variant, seed: int) -> Config:
         output=dataclasses.replace(config.output, frames_every=0),
         cache=dataclasses.replace(config.cache, reference_mb=study.reference_mb),
     )
+
+
+def _named_methods(study: StudyConfig) -> list[str]:
+    """The methods that variants choose."""
+    grid = study.grid.get("method", []) if isinstance(study.grid, dict) else []
+    listed = [entry.get("method", "") for entry in study.variants if isinstance(entry, dict)]
+    return [name for name in [*(grid if isinstance(grid, list) else []), *listed] if isinstance(name, str) and name]
 
 
 def _absolute(path: str) -> str:
