@@ -694,7 +694,7 @@ def test_reference_branch_from_memory_gives_the_same_picture(edits):
 
 def test_reference_branch_too_large_for_the_memory_is_not_kept(edits):
     editor, config, sample, _ = edits
-    big = config("lora.steps=0", "cache.reference_mb=1")
+    big = config("lora.steps=0", "cache.reference_mb=1", "data.max_size=512")
     picture = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     editor.reconfigured(big).edit(replace(sample, image=picture))
     assert not editor.kept["references"]

@@ -88,7 +88,7 @@ GRIDS = {
     "lists": {"drag.features": [["up_blocks.2"], ["mid_block", "up_blocks.1"]]},
     "texts": {
         "generate.negative_prompt": ["a cat, on a mat", "[x] it's: #1 = {so}", ""],
-        "control.start_layer": ["up_blocks.1", 3],
+        "control.start_layer": ["up_blocks.1", "3"],
     },
     "bools": {"control.enabled": [True, False]},
     "sections": {"drag": [{"lr": 0.1, "steps": 2}, {"lr": 0.2, "steps": 2}]},

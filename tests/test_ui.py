@@ -957,7 +957,7 @@ def test_a_run_that_takes_too_long_is_ended_even_where_it_does_not_react(tmp_pat
             if suspended:
                 monkeypatch.setattr(runs, "PATIENCE", 1.0)
                 worker.suspend()
-            run = client.post("/api/runs", json=edit(client, settings={"lora.steps": 10**6})).json()["id"]
+            run = client.post("/api/runs", json=edit(client, settings={"lora.steps": 10**5})).json()["id"]
             known = next(iter(app.state.page.visitors)).runs[run]
             deadline = time.monotonic() + 60
             while not known.ended and time.monotonic() < deadline:

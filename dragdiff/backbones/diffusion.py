@@ -36,7 +36,7 @@ class Diffusion(ABC):
         prediction_type: "epsilon" or "v_prediction".
         latent_stride: image px per latent px.
         latent_channels: channels of a latent.
-        trained_size: side of the pictures that it was trained on, px.
+        trained_size: side of the pictures that it was trained on, px; 0 = not known.
         feature_strides: latent px per feature px of each feature point, in execution order.
         bottleneck: the feature point with the coarsest features.
         lora_targets: name endings of the projections that a LoRA updates.
@@ -52,7 +52,7 @@ class Diffusion(ABC):
     prediction_type: str
     latent_stride: int
     latent_channels: int
-    trained_size: int
+    trained_size: int = 0
     feature_strides: Mapping[str, int]
     bottleneck: str
     lora_targets: Sequence[str]
