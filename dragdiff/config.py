@@ -9,6 +9,7 @@ this module is cheap.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import warnings
 from collections.abc import Sequence
@@ -585,6 +586,8 @@ def _meant_for(method: Method, overlay: Values, where: str) -> list[Layer]:
                 f"methods {where} has settings for {name!r}: put them below the name that the file gives it"
             )
         if name != method.name and not methods.is_known(name):
+            if difflib.get_close_matches(name, methods.NAMES, cutoff=0.75):
+                methods.find(name)  # misspelt: says so
             warnings.warn(f"methods {where} has settings for {name!r}, which is no method here", stacklevel=3)
     plain = {key: value for key, value in overlay.items() if key != "methods"}
     if theirs != method.name:
