@@ -36,7 +36,7 @@ DEFAULT_EXAMPLE = "example:sun"
 def edit(arguments: argparse.Namespace) -> int:
     """Drag what the settings name, by one method or several."""
     names = _several_methods(arguments.settings)
-    configs = [_config(arguments, f"method={name}", others=names) for name in names] or [_config(arguments)]
+    configs = [_config(arguments.settings, name, others=names) for name in names] or [_config(arguments.settings)]
     (config, *_) = configs
     if config.generate.enabled and not config.points:
         return _each_sample([config], _generate_one, edits=False)
@@ -117,7 +117,7 @@ def _generate_one(editor: Editor, requests: Sequence[Request]) -> Sequence[Outco
 
 def train(arguments: argparse.Namespace) -> int:
     """Fine-tune and write a LoRA."""
-    config = _config(arguments)
+    config = _config(arguments.settings)
     if config.generate.enabled:
         raise UserError("generate.enabled is true: a generated picture needs no LoRA, give image=FILE or sample=FOLDER")
     if config.lora.path:
@@ -149,16 +149,14 @@ def list_methods(arguments: argparse.Namespace) -> int:
         case [name] if "=" not in name and not name.endswith((".yaml", ".yml")):
             print(catalogue.details(name))
         case _:
-            named = [text for text in arguments.settings if "=" not in text and not text.endswith((".yaml", ".yml"))]
-            arguments.settings = [text for text in arguments.settings if text not in named]
-            wanted = [name for name in named if methods.is_file(name) or methods.is_known(name)]
-            arguments.settings += [name for name in named if name not in wanted]  # overlays by name
-            print(catalogue.suitable(partial(_fitting, arguments), wanted or catalogue.names()))
+            named = [text for text in arguments.settings if methods.is_file(text) or methods.is_known(text)]
+            settings, chosen = [text for text in arguments.settings if text not in named], named or catalogue.names()
+            print(catalogue.suitable(partial(_fitting, settings, chosen), chosen))
     return 0
 
 
-def _fitting(arguments: argparse.Namespace, name: str) -> Config:
-    """The settings by which a method would edit what is named.
+def _fitting(settings: Sequence[str], chosen: Sequence[str], name: str) -> Config:
+    """The settings by which one of the chosen methods would edit what is named.
 
     Raises:
         UserError: it can't, and why.
@@ -167,7 +165,7 @@ def _fitting(arguments: argparse.Namespace, name: str) -> Config:
     from dragdiff.checks import check_settings
 
     with warnings.catch_warnings(action="ignore"):
-        config = _config(arguments, f"method={name}")
+        config = _config(settings, name, others=chosen)
         _read(config, suffix="", edits=True)
         check_settings(config, structure(config.model))
     return config
@@ -360,19 +358,21 @@ def _report_failures(failures: Failures, total: int) -> int:
 # ------------------------------------------------------------------------------------------- input
 
 
-def _config(arguments: argparse.Namespace, *more: str, others: Sequence[str] = ()) -> Config:
-    """The settings of the command line, with more that win over them.
+def _config(settings: Sequence[str], method: str = "", *, others: Sequence[str] = ()) -> Config:
+    """What the command line says.
 
     Args:
-        others: methods for which settings may be there, too.
+        settings: its overlays and `key=value`.
+        method: in place of what they name.
+        others: methods whose own settings may be among them, which this one passes over.
     """
-    files = [argument for argument in arguments.settings if "=" not in argument]
-    overrides = [argument for argument in arguments.settings if "=" in argument]
-    if more:
-        own = f"{methods.find(more[0].removeprefix('method=')).name}."
-        left_out = tuple(f"{methods.find(other).name}." for other in others)
-        kept = [text for text in overrides if text.startswith(own) or not text.startswith(("method=", *left_out))]
-        overrides = [*kept, *more]
+    files = [argument for argument in settings if "=" not in argument]
+    overrides = [argument for argument in settings if "=" in argument]
+    if method:
+        own = f"{methods.find(method).name}."
+        theirs = tuple(f"{methods.find(other).name}." for other in others)
+        kept = [text for text in overrides if text.startswith(own) or not text.startswith(("method=", *theirs))]
+        overrides = [*kept, f"method={method}"]
     config = load_config(files or [DEFAULT_OVERLAY], overrides)
     if not (config.sample or config.image or config.generate.enabled):
         if config.model.path != "embedded":

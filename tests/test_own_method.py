@@ -346,7 +346,9 @@ def test_which_can(here, capsys):
     """`dragdiff methods` with a sample says what each lacks."""
     assert cli.main(["methods", "sample=example:sun"]) == 0
     assert capsys.readouterr().out.count("can run: ") == len(methods.NAMES)
-    assert cli.main(["methods", "shift.py", "fastdrag", "sample=example:sun"]) == 0
+    assert (
+        cli.main(["methods", "shift.py", "fastdrag", "sample=example:sun", "shift.radius=7", "fastdrag.fill=keep"]) == 0
+    )
     said = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in said[1:]] == ["shift", "fastdrag"] and all("can run" in row for row in said[1:])
     (here / "bare").mkdir()

@@ -147,7 +147,7 @@ def _blamed(path: str) -> Iterator[None]:
         raise
     except SyntaxError as error:
         raise UserError(f"{error.filename}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from error
-    except Exception as error:
+    except Exception as error:  # whatever somebody's own code raises
         if out_of_memory(error):  # for which there is a remedy
             raise
         theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
